@@ -1,0 +1,49 @@
+// Every schema on one screen. Implementations are registered in csrc/<op>/op.cpp, fake implementations and autograd in
+// selfforcing_ext/<op>.py. Layouts: attention tensors [B, L, H, D], latents [B, F, C, H, W], features [B, L, C].
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(selfforcing, m) {
+  // Span tables (int32, from selfforcing_ext/mask.py): block_starts, span_offsets [N + 1], spans [S, 2]; key_starts,
+  // query_span_offsets, query_spans are their transpose. Past: pages [P, page_size, H_kv, D], page_table [B, T],
+  // past_spans [B, S, 2].
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor block_starts, Tensor span_offsets, Tensor spans, "
+      "Tensor key_starts, Tensor query_span_offsets, Tensor query_spans, Tensor? k_pages, Tensor? v_pages, "
+      "Tensor? page_table, Tensor? past_spans, float softmax_scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor block_starts, Tensor span_offsets, Tensor spans, Tensor key_starts, Tensor query_span_offsets, "
+      "Tensor query_spans, Tensor? k_pages, Tensor? v_pages, Tensor? page_table, Tensor? past_spans, "
+      "float softmax_scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+
+  m.def(
+      "kv_cache_write(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor write_start, Tensor k, "
+      "Tensor v) -> ()");
+
+  // start_frame: int32 [1], on the device so that a captured graph replays with new positions.
+  m.def("rope_3d(Tensor x, Tensor start_frame, int[] grid, bool inverse) -> Tensor");
+  m.def(
+      "qk_norm_rope(Tensor x, Tensor weight, Tensor start_frame, int num_heads, int[] grid, float eps) "
+      "-> (Tensor y, Tensor rstd)");
+  m.def(
+      "qk_norm_rope_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, Tensor start_frame, int[] grid) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+
+  // sigma: float32 [B, F].
+  m.def("denoise_x0(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, float guidance_scale) -> Tensor");
+  m.def(
+      "denoise_step(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, Tensor sigma_next, Tensor noise, "
+      "float guidance_scale) -> (Tensor x0, Tensor x_next)");
+  m.def("add_noise(Tensor x0, Tensor noise, Tensor sigma) -> Tensor");
+  m.def(
+      "dmd_gradient(Tensor x, Tensor x0_fake, Tensor x0_real_cond, Tensor? x0_real_uncond, float guidance_scale) "
+      "-> Tensor");
+
+  // shift, scale, gate: float32 [B, F, C].
+  m.def("modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "modulated_layer_norm_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor mean, Tensor rstd) "
+      "-> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)");
+  m.def("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
+  m.def("gated_residual_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor grad_y, Tensor grad_gate)");
+}

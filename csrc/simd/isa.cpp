@@ -1,0 +1,59 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace selfforcing {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+namespace {
+
+bool machine_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512: return avx512;
+    case Isa::avx2: return avx2;
+    default: return true;
+  }
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+Isa choose_isa() {
+  constexpr Isa best_first[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
+  const char* wanted = std::getenv("SELFFORCING_CPU_ISA");
+  for (Isa isa : best_first) {
+    if (wanted != nullptr && *wanted != '\0') {
+      if (std::string(wanted) != isa_name(isa)) continue;
+      if (machine_has(isa)) return isa;
+      throw std::runtime_error(std::string("SELFFORCING_CPU_ISA is ") + wanted + ", which this machine lacks");
+    }
+    if (machine_has(isa)) return isa;
+  }
+  throw std::runtime_error(std::string("SELFFORCING_CPU_ISA is '") + wanted +
+                           "', but must be one of baseline, avx2, avx512, avx512_bf16");
+}
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+}  // namespace selfforcing
