@@ -1,0 +1,1 @@
+"""Self-Forcing in readable PyTorch: reference ops, Wan-style models, rollout pipelines, objectives and training."""

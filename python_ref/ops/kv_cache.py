@@ -1,0 +1,219 @@
+"""The keys and values of past blocks, kept in Python lists: what a paged ring buffer must amount to.
+
+Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4, with sink frames as in StreamingLLM
+(arXiv 2309.17453).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from python_ref.ops.attention import cast_to_autocast_dtype, masked_softmax_attention
+from selfforcing_ext.mask import check_window, visible_past
+
+
+class PagedKVCache:
+    """Keys and values of the frames before the current block, one list of frames per layer.
+
+    Args:
+        num_layers: attention layers that share the cache's positions.
+        num_heads: K/V heads.
+        head_dim: channels per head.
+        frame_seqlen: tokens per frame.
+        batch_size: videos that are generated together.
+        window_frames: frames that stay visible, counted back from the end of the current block, the block itself and
+            the sink included. None: all.
+        sink_frames: the first frames, always visible.
+        max_frames: frames that may be committed in all. None: no limit, which needs a window.
+        page_size: accepted for the signature's sake; lists have no pages.
+        dtype, device: of the keys and values.
+        grad_through_cache: gradient flows from ``attend`` into the tensors that were written; otherwise the past is
+            constant.
+
+    ``position`` is ``num_frames`` as an int32 tensor [1] on the device, updated in place.
+
+    Raises:
+        ValueError: the window holds less than the sink and a frame, or neither window nor maximum is given.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        frame_seqlen: int,
+        batch_size: int = 1,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        max_frames: int | None = None,
+        page_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        grad_through_cache: bool = False,
+    ) -> None:
+        check_window(window_frames, sink_frames, frames_per_block=1)
+        if window_frames is None and max_frames is None:
+            raise ValueError("max_frames is None, but must be given when window_frames is None: the cache must end")
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.frame_seqlen = frame_seqlen
+        self.batch_size = batch_size
+        self.window_frames = window_frames
+        self.sink_frames = sink_frames
+        self.max_frames = max_frames
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.grad_through_cache = grad_through_cache
+        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every frame."""
+        self.num_frames = 0
+        self.position.zero_()
+        # frames[layer][frame] is (k, v), each [B, frame_seqlen, H_kv, D], or None once it has left the window.
+        self._frames: list[list[tuple[Tensor, Tensor] | None]] = [[] for _ in range(self.num_layers)]
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def visible_frames(self) -> int:
+        """Frames that are kept for later blocks."""
+        return self.num_frames if self.window_frames is None else min(self.num_frames, self.window_frames)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        frame = self.batch_size * self.frame_seqlen * self.num_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.visible_frames * frame
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,  # [B, L, H, D]
+        k: Tensor,  # [B, L, H_kv, D]
+        v: Tensor,  # [B, L, H_kv, D]
+        softmax_scale: float | None = None,
+    ) -> Tensor:  # [B, L, H, D]
+        """Attention of the next block over the visible past and the block's own k and v. Writes nothing.
+
+        The block holds L / frame_seqlen frames from frame ``num_frames`` on; all its queries see the same keys.
+
+        Raises:
+            ValueError: a shape or dtype that is not the cache's, tokens that are no whole frames, or a block that is
+                too long for the window or for ``max_frames``.
+        """
+        q, k, v = cast_to_autocast_dtype(q, k, v)
+        block_frames = self._check_block(layer, k, v)
+        if q.dtype != self.dtype or q.shape[:2] != k.shape[:2] or q.shape[3] != self.head_dim:
+            raise ValueError(
+                f"q is {q.dtype} {list(q.shape)}, but must be {self.dtype} with batch, tokens and head_dim "
+                f"{[*k.shape[:2], self.head_dim]}"
+            )
+        spans = visible_past(
+            self.num_frames, self.num_frames + block_frames, self.window_frames, self.sink_frames
+        )
+        past = [self._frames[layer][frame] for start, end in spans for frame in range(start, end)]
+        keys, values = zip(*past, (k, v), strict=True)
+        out, _ = masked_softmax_attention(q, torch.cat(keys, dim=1), torch.cat(values, dim=1), None, softmax_scale)
+        return out
+
+    def write(
+        self,
+        layer: int,
+        k: Tensor,  # [B, L, H_kv, D]
+        v: Tensor,  # [B, L, H_kv, D]
+        grad_to: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Takes the next block's clean keys and values of one layer; ``commit`` makes them the past.
+
+        Args:
+            layer: which layer.
+            k, v: keys after rotary embedding, and values.
+            grad_to: keys and values of the same shapes that receive the gradient in place of k and v. Needs
+                ``grad_through_cache``.
+        """
+        k, v = cast_to_autocast_dtype(k, v)
+        self._check_block(layer, k, v)
+        if grad_to is not None:
+            if not self.grad_through_cache:
+                raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
+            k_target, v_target = cast_to_autocast_dtype(*grad_to)
+            k, v = _ValueWithGradientTo.apply(k, k_target), _ValueWithGradientTo.apply(v, v_target)
+        if not self.grad_through_cache:
+            k, v = k.detach(), v.detach()
+        self._written[layer] = k, v
+
+    def commit(self, num_frames: int) -> None:
+        """Makes the written block of ``num_frames`` frames the past and forgets what has left the window.
+
+        Raises:
+            ValueError: a layer has not written, or not this number of frames.
+        """
+        tokens = num_frames * self.frame_seqlen
+        for layer in range(self.num_layers):
+            written = self._written[layer][0].shape[1] if layer in self._written else 0
+            if written != tokens:
+                raise ValueError(
+                    f"num_frames is {num_frames}, but layer {layer} has written {written} tokens: commit takes a "
+                    f"block that every layer has written, here {tokens} tokens"
+                )
+        for layer, frames in enumerate(self._frames):
+            k, v = self._written[layer]
+            frames.extend(zip(k.split(self.frame_seqlen, dim=1), v.split(self.frame_seqlen, dim=1), strict=True))
+        self._written = {}
+        self.num_frames += num_frames
+        self.position.fill_(self.num_frames)
+        if self.window_frames is not None:
+            for frames in self._frames:
+                for frame in range(self.sink_frames, self.num_frames - (self.window_frames - self.sink_frames)):
+                    frames[frame] = None
+
+    def view(self) -> PagedKVCache:
+        """What the cache holds now, for reading: later writes to the cache do not change it, so that a block that is
+        recomputed in backward reads what its forward read, even after eviction."""
+        view = copy.copy(self)
+        view.position = self.position.clone()
+        view._frames = [list(frames) for frames in self._frames]
+        view._written = {}
+        return view
+
+    def _check_block(self, layer: int, k: Tensor, v: Tensor) -> int:
+        """The number of frames of a block that fits the cache."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer is {layer}, but must be in [0, {self.num_layers})")
+        for name, tensor in (("k", k), ("v", v)):
+            expected = [self.batch_size, tensor.shape[1], self.num_heads, self.head_dim]
+            if list(tensor.shape) != expected or tensor.dtype != self.dtype:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, but must be {self.dtype} "
+                    f"[batch_size, tokens, num_heads, head_dim] = {expected}"
+                )
+        if k.shape[1] == 0 or k.shape[1] % self.frame_seqlen or k.shape != v.shape:
+            raise ValueError(
+                f"k and v have {k.shape[1]} and {v.shape[1]} tokens, but must have the same positive multiple of "
+                f"frame_seqlen = {self.frame_seqlen}"
+            )
+        block_frames = k.shape[1] // self.frame_seqlen
+        check_window(self.window_frames, self.sink_frames, block_frames)
+        if self.max_frames is not None and self.num_frames + block_frames > self.max_frames:
+            raise ValueError(
+                f"k has {block_frames} frames after {self.num_frames} committed ones, but max_frames is "
+                f"{self.max_frames}"
+            )
+        return block_frames
+
+
+class _ValueWithGradientTo(torch.autograd.Function):
+    """The first tensor's value, with the gradient sent to the second tensor."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, target: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
