@@ -1,0 +1,51 @@
+// The CUDA that kernels are written in, for two compilers: nvcc, and g++ with the emulation in tests/cuda_emulation, which
+// runs the same kernel sources on the CPU. Kernel files include this instead of the CUDA headers.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Declares `name`, the block's dynamic shared memory.
+#define SELFFORCING_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace selfforcing::ptx {
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+}  // namespace selfforcing::ptx
+#else
+#include "emulation.h"
+#endif
+
+namespace selfforcing::ptx {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Shared memory that one block may ask for on every GPU since Ampere (compute capability 8.6 and 8.9 have the least).
+constexpr int kMaxSharedBytes = 99 * 1024;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16(x); }
+template <>
+__device__ __forceinline__ float16 from_float<float16>(float x) { return __float2half(x); }
+
+// Sum over the warp, the same bits in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kFullWarp, x, lanes);
+  return x;
+}
+
+}  // namespace selfforcing::ptx

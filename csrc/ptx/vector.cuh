@@ -1,0 +1,59 @@
+// 16 bytes of a tensor at once: the widest access a thread has, and the one that keeps device memory busy.
+#pragma once
+#include "device.cuh"
+
+namespace selfforcing::ptx {
+
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements
+
+// 16 bytes starting at `source`. Not aligned to 16 bytes: element by element.
+template <typename T>
+__device__ __forceinline__ uint4 load_vector(const T* source, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(source);
+  T elements[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = source[i];
+  uint4 bits;
+  memcpy(&bits, elements, sizeof(bits));
+  return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* target, uint4 bits, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(target) = bits;
+    return;
+  }
+  T elements[kVector<T>];
+  memcpy(elements, &bits, sizeof(bits));
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) target[i] = elements[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 bits, float (&values)[kVector<T>]) {
+  T elements[kVector<T>];
+  memcpy(elements, &bits, sizeof(bits));
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) values[i] = to_float(elements[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&values)[kVector<T>]) {
+  T elements[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
+  uint4 bits;
+  memcpy(&bits, elements, sizeof(bits));
+  return bits;
+}
+
+// Whether a pointer, and every multiple of a stride from it, may be read 16 bytes at a time.
+inline bool is_vector_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+template <typename T>
+bool is_vector_stride(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+}  // namespace selfforcing::ptx
