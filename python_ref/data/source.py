@@ -1,0 +1,39 @@
+"""The one form in which training meets its data, whatever they are made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from python_ref.config import DataConfig
+from python_ref.data.moving_digits import MovingDigits, caption_words
+from python_ref.data.video_files import VideoFiles
+
+
+@dataclass
+class TrainingSource:
+    """An endless sequence of captioned videos; `batch(first, size)` depends on nothing but its arguments."""
+
+    batch: Callable[[int, int], tuple[Tensor, list[str]]]  # video [B, F, C, H, W] in -1..1, B captions
+    words: list[str]  # every word of every caption
+    num_frames: int
+    channels: int
+    frame_size: int
+
+
+def open_source(config: DataConfig) -> TrainingSource:
+    """The source that `config.source` names."""
+    if config.source == "video_files":
+        files = VideoFiles(config.video_files)
+        words = sorted({word for clip in files.clips for word in clip.caption.lower().replace(",", " ").split()})
+        settings = config.video_files
+        return TrainingSource(files.batch, words, settings.num_frames, settings.channels, settings.frame_size)
+    digits = MovingDigits(config.moving_digits)
+
+    def batch(first: int, size: int) -> tuple[Tensor, list[str]]:
+        videos = digits.batch(first, size)
+        return videos.video, videos.captions
+
+    return TrainingSource(
+        batch, list(caption_words()), config.moving_digits.num_frames, 1, config.moving_digits.frame_size
+    )

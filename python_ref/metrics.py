@@ -1,0 +1,94 @@
+"""What a run tells while it goes: a JSON line per logged step, TensorBoard, and a progress line."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl` and TensorBoard events of one run.
+
+    Args:
+        folder: the run's folder.
+        first_step: the step a resumed run goes on from; lines of later steps, left by a killed run, are dropped.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= first_step] if first_step else []
+        self._file = open(self.path, "w", encoding="utf-8", buffering=1)
+        self._file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Metrics after `step` optimizer steps."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The entries of a metrics.jsonl; a last line cut short by a kill is dropped."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class ProgressLine:
+    """A live bar on a terminal, or a plain line every `every` seconds in a log file."""
+
+    def __init__(self, title: str, first_step: int, total_steps: int, every: float = 10.0) -> None:
+        self.title, self.total, self.every = title, total_steps, every
+        self.first_step, self.start = first_step, time.monotonic()
+        self._last_print = -float("inf")
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[values]}"), console=Console(),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total_steps, completed=first_step, values="")
+
+    @property
+    def steps_per_second(self) -> float:
+        return self._rate
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Shows progress after `step` steps."""
+        elapsed = time.monotonic() - self.start
+        self._rate = (step - self.first_step) / max(elapsed, 1e-9)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = f"{text}  {self._rate:.2f} steps/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=text)
+        elif elapsed - self._last_print >= self.every or step == self.total:
+            self._last_print = elapsed
+            left = (self.total - step) / max(self._rate, 1e-9)
+            print(f"{self.title} {step}/{self.total}  {text}  {elapsed:.0f} s gone, {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
