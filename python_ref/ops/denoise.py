@@ -1,7 +1,9 @@
 """Flow-matching denoising steps and the distribution-matching gradient.
 
 Words: sigma is the noise level, x_t = (1 - sigma) x0 + sigma noise, and the network predicts flow = noise - x0, so
-x0 = x_t - sigma flow. Source: flow matching (arXiv 2210.02747) with the linear path of rectified flow (arXiv 2209.03003).
+x0 = x_t - sigma flow.
+
+Source: flow matching (arXiv 2210.02747) with the linear path of rectified flow (arXiv 2209.03003).
 """
 
 from __future__ import annotations

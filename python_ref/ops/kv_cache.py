@@ -113,9 +113,7 @@ class PagedKVCache:
                 f"q is {q.dtype} {list(q.shape)}, but must be {self.dtype} with batch, tokens and head_dim "
                 f"{[*k.shape[:2], self.head_dim]}"
             )
-        spans = visible_past(
-            self.num_frames, self.num_frames + block_frames, self.window_frames, self.sink_frames
-        )
+        spans = visible_past(self.num_frames, self.num_frames + block_frames, self.window_frames, self.sink_frames)
         past = [self._frames[layer][frame] for start, end in spans for frame in range(start, end)]
         keys, values = zip(*past, (k, v), strict=True)
         out, _ = masked_softmax_attention(q, torch.cat(keys, dim=1), torch.cat(values, dim=1), None, softmax_scale)

@@ -1,0 +1,1 @@
+"""Wan-style video diffusion transformers and the caption encoder."""
