@@ -88,16 +88,24 @@ class FlowMatchSchedule:
         Returns:
             float32 [len(steps)].
         """
-        if self.num_steps != self.num_train_timesteps:
-            raise ValueError(
-                f"num_steps is {self.num_steps}, but must be num_train_timesteps = {self.num_train_timesteps}: warp "
-                "looks uniform timesteps up in the training table"
-            )
+        self._check_training_table("warp")
         for step in steps:
             if not 0 <= step <= self.num_train_timesteps:
                 raise ValueError(f"steps holds {step}, but they must lie in [0, {self.num_train_timesteps}]")
         table = torch.cat((self.timesteps, torch.zeros(1)))
         return table[[self.num_train_timesteps - int(step) for step in steps]]
+
+    def unwarp(self, timestep: float | Tensor) -> int:
+        """The uniform timestep whose shifted one is nearest: the inverse of ``warp``."""
+        self._check_training_table("unwarp")
+        return int(self._nearest(torch.as_tensor(timestep, dtype=torch.float32))) + 1
+
+    def _check_training_table(self, method: str) -> None:
+        if self.num_steps != self.num_train_timesteps:
+            raise ValueError(
+                f"num_steps is {self.num_steps}, but must be num_train_timesteps = {self.num_train_timesteps}: "
+                f"{method} looks uniform timesteps up in the training table"
+            )
 
     def _nearest(self, t: Tensor) -> Tensor:
         """Index into the rising tables of the nearest timestep, the higher of two equally near ones."""

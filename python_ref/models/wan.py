@@ -316,7 +316,7 @@ class WanModel(WanBackbone):
             lambda layer: lambda q, k, v: attention(q, k, v, None),
             checkpoint_layers,
         )
-        return self._unpatchify(self.head(tokens, time), grid)
+        return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
 
 class CausalWanModel(WanBackbone):
@@ -386,7 +386,7 @@ class CausalWanModel(WanBackbone):
             cache.commit(grid[0])
         if teacher_forcing:
             tokens = tokens.chunk(2, dim=1)[1]
-        return self._unpatchify(self.head(tokens, time), grid)
+        return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
 
     def make_cache(
         self,

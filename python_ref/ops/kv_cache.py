@@ -131,8 +131,8 @@ class PagedKVCache:
         Args:
             layer: which layer.
             k, v: keys after rotary embedding, and values.
-            grad_to: keys and values of the same shapes that receive the gradient in place of k and v. Needs
-                ``grad_through_cache``.
+            grad_to: keys and values of the same shapes that receive the gradient in place of k and v, also when
+                written under ``torch.no_grad()``. Needs ``grad_through_cache``.
         """
         k, v = cast_to_autocast_dtype(k, v)
         self._check_block(layer, k, v)
@@ -140,7 +140,8 @@ class PagedKVCache:
             if not self.grad_through_cache:
                 raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
             k_target, v_target = cast_to_autocast_dtype(*grad_to)
-            k, v = _ValueWithGradientTo.apply(k, k_target), _ValueWithGradientTo.apply(v, v_target)
+            with torch.enable_grad():  # the values come from a pass without gradient
+                k, v = _ValueWithGradientTo.apply(k, k_target), _ValueWithGradientTo.apply(v, v_target)
         if not self.grad_through_cache:
             k, v = k.detach(), v.detach()
         self._written[layer] = k, v

@@ -1,0 +1,1 @@
+"""Rollouts: block by block from noise to video, in training and in inference."""
