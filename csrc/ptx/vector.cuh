@@ -49,11 +49,4 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kVector<T>]) {
   return bits;
 }
 
-// Whether a pointer, and every multiple of a stride from it, may be read 16 bytes at a time.
-inline bool is_vector_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-template <typename T>
-bool is_vector_stride(int64_t stride) {
-  return stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-}
-
 }  // namespace selfforcing::ptx

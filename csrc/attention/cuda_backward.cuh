@@ -1,0 +1,229 @@
+// Gradients of attention in three passes without atomics, so that the same inputs give the same bits: delta per query;
+// grad_q by query tiles over their spans; grad_k and grad_v by key tiles over the spans of queries that see them
+// (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart). Probabilities are computed anew from lse.
+#pragma once
+#include "cuda_tiles.cuh"
+
+namespace selfforcing::attention_cuda {
+
+template <int kHeadDim>
+struct GradQTile {
+  static constexpr int kQueries = kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kKeys = kHeadDim <= 64 ? 64 : (kHeadDim <= 128 ? 32 : 16);
+  static constexpr int kSharedBytes = sizeof(float) * (2 * tile_floats(kQueries, kHeadDim) +  // q, grad_out
+                                                       tile_floats(kKeys, kHeadDim) +         // v, then k
+                                                       tile_floats(kQueries, kKeys));         // grad of scores
+  static_assert(kSharedBytes <= ptx::kMaxSharedBytes);
+};
+
+template <int kHeadDim>
+struct GradKVTile {
+  static constexpr int kKeys = kHeadDim <= 64 ? 64 : (kHeadDim <= 128 ? 32 : 16);
+  static constexpr int kQueries = kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kSharedBytes = sizeof(float) * (2 * tile_floats(kKeys, kHeadDim) +     // k, v
+                                                       2 * tile_floats(kQueries, kHeadDim) +  // q, grad_out
+                                                       tile_floats(kKeys, kQueries));  // probabilities, then their grad
+  static_assert(kSharedBytes <= ptx::kMaxSharedBytes);
+};
+
+// What backward needs of a query besides its rows.
+struct RowStatistics {
+  float lse_log2;  // +inf where there is nothing to see: every probability becomes 0
+  float delta;
+};
+
+__device__ __forceinline__ RowStatistics read_statistics(const AttentionBackwardParams& params, int64_t first_row,
+                                                         int32_t row, bool exists) {
+  if (!exists) return {INFINITY, 0.0f};
+  const float lse = params.lse[first_row + row];
+  return {lse == -INFINITY ? INFINITY : lse * kLog2E, params.delta[first_row + row]};
+}
+
+constexpr int kDeltaThreads = 128;
+
+// delta = rowsum(out * grad_out) - grad_lse, one warp per query.
+template <typename T>
+__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const AttentionBackwardParams params) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int32_t query = static_cast<int32_t>(blockIdx.x * (kDeltaThreads / kWarpSize) + threadIdx.x / kWarpSize);
+  if (query >= params.num_queries) return;
+  const Place place = place_of_query_head(params);
+  const Rows<const T> out = head_rows<const T>(params.out, place.stream, place.head);
+  const Rows<const T> grad_out = head_rows<const T>(params.grad_out, place.stream, place.head);
+  float sum = 0.0f;
+  for (int column = lane * kVector<T>; column < params.head_dim; column += kWarpSize * kVector<T>) {
+    float left[kVector<T>], right[kVector<T>];
+    ptx::unpack<T>(ptx::load_vector(out.at(query) + column, out.aligned), left);
+    ptx::unpack<T>(ptx::load_vector(grad_out.at(query) + column, grad_out.aligned), right);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) sum = fmaf(left[i], right[i], sum);
+  }
+  sum = ptx::warp_sum(sum);
+  const int64_t row = row_of_head(params, place.stream, place.head) + query;
+  if (lane == 0) params.delta[row] = sum - (params.grad_lse == nullptr ? 0.0f : params.grad_lse[row]);
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(const AttentionBackwardParams params) {
+  using Tile = GradQTile<kHeadDim>;
+  constexpr int kM = Tile::kQueries / kRowThreads, kN = Tile::kKeys / kRowThreads;
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  float* const q_tile = reinterpret_cast<float*>(shared);
+  float* const grad_out_tile = q_tile + tile_floats(Tile::kQueries, kHeadDim);
+  float* const kv_tile = grad_out_tile + tile_floats(Tile::kQueries, kHeadDim);
+  float* const grad_scores = kv_tile + tile_floats(Tile::kKeys, kHeadDim);
+
+  const int32_t tile = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);  // longest work first
+  const RowTile queries = find_row_tile<Tile::kQueries>(params.spans, params.num_queries, tile);
+  if (queries.count <= 0) return;
+  const Place place = place_of_query_head(params);
+
+  {
+    Fetch<T, Tile::kQueries, kHeadDim> fetch;
+    fetch.load(head_rows<const T>(params.q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+    fetch.store(q_tile);
+    fetch.load(head_rows<const T>(params.grad_out, place.stream, place.head), queries.start, queries.count,
+               params.head_dim);
+    fetch.store(grad_out_tile);
+  }
+  const int64_t first_row = row_of_head(params, place.stream, place.head) + queries.start;
+  RowStatistics statistics[kM];
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+    const int row = thread_y() + i * kRowThreads;
+    statistics[i] = read_statistics(params, first_row, row, row < queries.count);
+  }
+
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  Accumulator<Tile::kQueries, kHeadDim> grad_q;
+  ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
+  key_tiles.prepend(params.past, place.stream);
+  for (ColumnTile keys; key_tiles.next(keys);) {
+    Fetch<T, Tile::kKeys, kHeadDim> fetch;
+    fetch.load(keys.in_past ? paged_rows<T>(params.past, true, place.stream, place.kv_head)
+                            : head_rows<const T>(params.v, place.stream, place.kv_head),
+               keys.start, keys.count, params.head_dim);
+    __syncthreads();  // the keys of the tile before are used up
+    fetch.store(kv_tile);
+    __syncthreads();
+    fetch.load(keys.in_past ? paged_rows<T>(params.past, false, place.stream, place.kv_head)
+                            : head_rows<const T>(params.k, place.stream, place.kv_head),
+               keys.start, keys.count, params.head_dim);
+    Scores<Tile::kQueries, Tile::kKeys> grad, scores;
+    multiply<kHeadDim>(grad, grad_out_tile, kv_tile, params.head_dim);  // of the probabilities
+    __syncthreads();  // the values are used up
+    fetch.store(kv_tile);
+    __syncthreads();
+    multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const bool visible = thread_x() + j * kRowThreads < keys.count;
+        const float probability =
+            visible ? exp2f(scores.at[i][j] * scale_log2 - statistics[i].lse_log2) : 0.0f;
+        grad.at[i][j] = probability * (grad.at[i][j] - statistics[i].delta);
+      }
+    share(grad, grad_scores);
+    grad_q.template add<Tile::kKeys>(grad_scores, kv_tile, keys.count);
+  }
+
+#pragma unroll
+  for (int i = 0; i < kM; ++i) grad_q.scale(i, params.softmax_scale);
+  grad_q.store(head_rows<T>(params.grad_q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+}
+
+// Rows are keys and columns queries here. A K/V head gathers from all query heads that read it, one after the other.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel(const AttentionBackwardParams params) {
+  using Tile = GradKVTile<kHeadDim>;
+  constexpr int kM = Tile::kKeys / kRowThreads, kN = Tile::kQueries / kRowThreads;
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  float* const k_tile = reinterpret_cast<float*>(shared);
+  float* const v_tile = k_tile + tile_floats(Tile::kKeys, kHeadDim);
+  float* const q_tile = v_tile + tile_floats(Tile::kKeys, kHeadDim);
+  float* const grad_out_tile = q_tile + tile_floats(Tile::kQueries, kHeadDim);
+  float* const weights = grad_out_tile + tile_floats(Tile::kQueries, kHeadDim);
+
+  const RowTile keys = find_row_tile<Tile::kKeys>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
+  if (keys.count <= 0) return;
+  const int32_t kv_head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
+  const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
+
+  {
+    Fetch<T, Tile::kKeys, kHeadDim> fetch;
+    fetch.load(head_rows<const T>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
+    fetch.store(k_tile);
+    fetch.load(head_rows<const T>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
+    fetch.store(v_tile);
+  }
+
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  Accumulator<Tile::kKeys, kHeadDim> grad_k, grad_v;
+  for (int32_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
+    ColumnTiles<Tile::kQueries> query_tiles(params.query_spans, keys.block, params.num_queries);
+    for (ColumnTile queries; query_tiles.next(queries);) {
+      Fetch<T, Tile::kQueries, kHeadDim> q_fetch, grad_out_fetch;
+      q_fetch.load(head_rows<const T>(params.q, stream, head), queries.start, queries.count, params.head_dim);
+      grad_out_fetch.load(head_rows<const T>(params.grad_out, stream, head), queries.start, queries.count,
+                          params.head_dim);
+      const int64_t first_row = row_of_head(params, stream, head) + queries.start;
+      RowStatistics statistics[kN];
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const int column = thread_x() + j * kRowThreads;
+        statistics[j] = read_statistics(params, first_row, column, column < queries.count);
+      }
+      __syncthreads();  // the queries of the tile before are used up
+      q_fetch.store(q_tile);
+      grad_out_fetch.store(grad_out_tile);
+      __syncthreads();
+      Scores<Tile::kKeys, Tile::kQueries> probabilities, grad;
+      multiply<kHeadDim>(probabilities, k_tile, q_tile, params.head_dim);
+      multiply<kHeadDim>(grad, v_tile, grad_out_tile, params.head_dim);
+#pragma unroll
+      for (int i = 0; i < kM; ++i)
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          probabilities.at[i][j] = exp2f(probabilities.at[i][j] * scale_log2 - statistics[j].lse_log2);
+          grad.at[i][j] = probabilities.at[i][j] * (grad.at[i][j] - statistics[j].delta);
+        }
+      share(probabilities, weights);
+      grad_v.template add<Tile::kQueries>(weights, grad_out_tile, queries.count);
+      share(grad, weights);
+      grad_k.template add<Tile::kQueries>(weights, q_tile, queries.count);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kM; ++i) grad_k.scale(i, params.softmax_scale);
+  grad_k.store(head_rows<T>(params.grad_k, stream, kv_head), keys.start, keys.count, params.head_dim);
+  grad_v.store(head_rows<T>(params.grad_v, stream, kv_head), keys.start, keys.count, params.head_dim);
+}
+
+template <typename T>
+int32_t launch_delta(const AttentionBackwardParams& params) {
+  constexpr int kQueriesPerBlock = kDeltaThreads / kWarpSize;
+  const dim3 grid(static_cast<unsigned>((params.num_queries + kQueriesPerBlock - 1) / kQueriesPerBlock),
+                  static_cast<unsigned>(params.num_heads), static_cast<unsigned>(params.batch));
+  return ptx::launch(attention_delta_kernel<T>, grid, dim3(kDeltaThreads), 0, params.stream, params);
+}
+
+template <typename T, int kHeadDim>
+int32_t launch_backward(const AttentionBackwardParams& params) {
+  if (const int32_t error = launch_delta<T>(params)) return error;
+  const unsigned batch = static_cast<unsigned>(params.batch);
+  using QTile = GradQTile<kHeadDim>;
+  const dim3 q_grid(max_row_tiles(params.num_queries, params.spans, QTile::kQueries),
+                    static_cast<unsigned>(params.num_heads), batch);
+  if (const int32_t error = ptx::launch(attention_grad_q_kernel<T, kHeadDim>, q_grid, dim3(kThreads),
+                                        QTile::kSharedBytes, params.stream, params))
+    return error;
+  using KVTile = GradKVTile<kHeadDim>;
+  const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kKeys),
+                     static_cast<unsigned>(params.num_kv_heads), batch);
+  return ptx::launch(attention_grad_kv_kernel<T, kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes, params.stream,
+                     params);
+}
+
+}  // namespace selfforcing::attention_cuda
