@@ -77,7 +77,7 @@ class PagedKVCache:
         self.position.zero_()
         # frames[layer][frame] is (k, v), each [B, frame_seqlen, H_kv, D], or None once it has left the window.
         self._frames: list[list[tuple[Tensor, Tensor] | None]] = [[] for _ in range(self.num_layers)]
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def visible_frames(self) -> int:
@@ -136,15 +136,18 @@ class PagedKVCache:
         """
         k, v = cast_to_autocast_dtype(k, v)
         self._check_block(layer, k, v)
-        if grad_to is not None:
-            if not self.grad_through_cache:
-                raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
-            k_target, v_target = cast_to_autocast_dtype(*grad_to)
-            with torch.enable_grad():  # the values come from a pass without gradient
-                k, v = _ValueWithGradientTo.apply(k, k_target), _ValueWithGradientTo.apply(v, v_target)
+        if grad_to is not None and not self.grad_through_cache:
+            raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
         if not self.grad_through_cache:
             k, v = k.detach(), v.detach()
-        self._written[layer] = k, v
+        # With grad_to the values come from a pass without gradient, and yet have one.
+        with torch.set_grad_enabled(grad_to is not None or torch.is_grad_enabled()):
+            if grad_to is not None:
+                k_target, v_target = cast_to_autocast_dtype(*grad_to)
+                k, v = _ValueWithGradientTo.apply(k, k_target), _ValueWithGradientTo.apply(v, v_target)
+            self._written[layer] = list(
+                zip(k.split(self.frame_seqlen, dim=1), v.split(self.frame_seqlen, dim=1), strict=True)
+            )
 
     def commit(self, num_frames: int) -> None:
         """Makes the written block of ``num_frames`` frames the past and forgets what has left the window.
@@ -152,17 +155,15 @@ class PagedKVCache:
         Raises:
             ValueError: a layer has not written, or not this number of frames.
         """
-        tokens = num_frames * self.frame_seqlen
         for layer in range(self.num_layers):
-            written = self._written[layer][0].shape[1] if layer in self._written else 0
-            if written != tokens:
+            written = len(self._written.get(layer, []))
+            if written != num_frames:
                 raise ValueError(
-                    f"num_frames is {num_frames}, but layer {layer} has written {written} tokens: commit takes a "
-                    f"block that every layer has written, here {tokens} tokens"
+                    f"num_frames is {num_frames}, but layer {layer} has written {written} frames: commit takes the "
+                    "block that every layer has written"
                 )
         for layer, frames in enumerate(self._frames):
-            k, v = self._written[layer]
-            frames.extend(zip(k.split(self.frame_seqlen, dim=1), v.split(self.frame_seqlen, dim=1), strict=True))
+            frames.extend(self._written[layer])
         self._written = {}
         self.num_frames += num_frames
         self.position.fill_(self.num_frames)
