@@ -1,0 +1,1 @@
+"""What models are trained for: losses on clean videos and on generated ones."""
