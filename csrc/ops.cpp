@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
   m.def(
       "denoise_step(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, Tensor sigma_next, Tensor noise, "
       "float guidance_scale) -> (Tensor x0, Tensor x_next)");
+  // A gradient that is not needed is an empty tensor [0].
+  m.def(
+      "denoise_backward(Tensor? grad_x0, Tensor? grad_x_next, Tensor sigma, Tensor? sigma_next, float guidance_scale, "
+      "bool needs_flow, bool needs_flow_uncond, bool needs_x_t, bool needs_noise) "
+      "-> (Tensor grad_flow, Tensor grad_flow_uncond, Tensor grad_x_t, Tensor grad_noise)");
   m.def("add_noise(Tensor x0, Tensor noise, Tensor sigma) -> Tensor");
   m.def(
       "dmd_gradient(Tensor x, Tensor x0_fake, Tensor x0_real_cond, Tensor? x0_real_uncond, float guidance_scale) "

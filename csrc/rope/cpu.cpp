@@ -1,0 +1,69 @@
+// Rotary embedding on the CPU: fills the table, then hands the call to the kernels of the active instruction set.
+#include <math.h>
+
+#include "../simd/isa.h"
+#include "params.h"
+
+namespace selfforcing {
+
+SELFFORCING_DECLARE_ISA(void rope_3d(const RopeParams& params))
+SELFFORCING_DECLARE_ISA(void qk_norm_rope(const QkNormRopeParams& params))
+SELFFORCING_DECLARE_ISA(int64_t qk_norm_rope_backward_workspace_floats(const QkNormRopeBackwardParams& params))
+SELFFORCING_DECLARE_ISA(void qk_norm_rope_backward(const QkNormRopeBackwardParams& params))
+
+namespace {
+
+// For every position of every axis a row of 2 * pairs cosines (c0, c0, c1, c1, ...) and a row of as many signed sines
+// (-s0, s0, -s1, s1, ...): then y = x cosines + swap_pairs(x) sines.
+constexpr int64_t kFloatsPerEntry = 4;
+
+// Positions follow each other, so cosine and sine of the next come from rotating by one step in double: the error after
+// n steps is about n * 1e-16, and a call costs a few sincos per pair instead of one per entry.
+void fill_table(const RopeParams& params) {
+  const RopeAxes& axes = params.axes;
+  for (int32_t axis = 0; axis < 3; ++axis) {
+    const int64_t width = 2 * static_cast<int64_t>(axes.pairs[axis]);
+    float* rows = params.table + kFloatsPerEntry * axes.table_offset(axis);
+    for (int32_t j = 0; j < axes.pairs[axis]; ++j) {
+      const double frequency = axes.frequency(axis, j);
+      const double start = axis == 0 ? frequency * params.start_frame[0] : 0.0;
+      const double step_cos = cos(frequency), step_sin = params.inverse ? -sin(frequency) : sin(frequency);
+      double cosine = cos(start), sine = params.inverse ? -sin(start) : sin(start);
+      for (int32_t position = 0; position < axes.size[axis]; ++position) {
+        float* cosines = rows + position * 2 * width + 2 * j;
+        float* sines = cosines + width;
+        cosines[0] = cosines[1] = static_cast<float>(cosine);
+        sines[1] = static_cast<float>(sine);
+        sines[0] = -sines[1];
+        const double next = cosine * step_cos - sine * step_sin;
+        sine = sine * step_cos + cosine * step_sin;
+        cosine = next;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t rope_table_floats_cpu(const RopeParams& params) { return kFloatsPerEntry * params.axes.table_entries(); }
+
+void rope_3d_cpu(const RopeParams& params) {
+  fill_table(params);
+  SELFFORCING_DISPATCH(rope_3d, params);
+}
+
+void qk_norm_rope_cpu(const QkNormRopeParams& params) {
+  fill_table(params);
+  SELFFORCING_DISPATCH(qk_norm_rope, params);
+}
+
+int64_t qk_norm_rope_backward_workspace_floats_cpu(const QkNormRopeBackwardParams& params) {
+  SELFFORCING_DISPATCH(qk_norm_rope_backward_workspace_floats, params);
+}
+
+void qk_norm_rope_backward_cpu(const QkNormRopeBackwardParams& params) {
+  fill_table(params);
+  SELFFORCING_DISPATCH(qk_norm_rope_backward, params);
+}
+
+}  // namespace selfforcing

@@ -1,0 +1,58 @@
+// Rotary embedding calls, as their kernels see them. Filled by op.cpp, which has checked everything; kernels trust it.
+#pragma once
+#include "../geometry/parallel.h"
+#include "../geometry/rope_axes.h"
+#include "../geometry/tensor.h"
+
+namespace selfforcing {
+
+// y = x with every channel pair rotated by its token's angle (by minus the angle when inverse).
+struct RopeParams {
+  DType dtype = DType::float32;
+  int32_t batch = 0;
+  int32_t num_heads = 0;
+  int32_t head_dim = 0;                  // D, even, up to 256
+  RopeAxes axes;                         // num_tokens() == L
+  const int32_t* start_frame = nullptr;  // [1]: position of the first frame, on the op's device
+  float* table = nullptr;  // rope_table_floats_*(), scratch: cosines and sines, filled first, computed in double
+  bool inverse = false;
+
+  ConstHeads x;    // [B, L, H, D]; backward of qk_norm_rope: grad_y
+  MutableHeads y;  // [B, L, H, D]; unused by that backward
+
+  Parallel parallel;       // CPU
+  void* stream = nullptr;  // CUDA
+};
+
+// y = rope(x rstd weight), rstd = 1 / sqrt(mean over all H * D channels of x^2 + eps).
+struct QkNormRopeParams : RopeParams {
+  const float* weight = nullptr;  // [H * D]
+  float eps = 0.0f;
+  float* rstd = nullptr;  // [B, L], written
+};
+
+// Gradients of sum(y * grad_y); grad_y is `x` of the base, rotated back by setting inverse.
+struct QkNormRopeBackwardParams : RopeParams {
+  ConstHeads features;            // the op's input x [B, L, H * D]: head_stride is D
+  const float* weight = nullptr;  // [H * D]
+  const float* rstd = nullptr;    // [B, L], of the forward
+  void* grad_x = nullptr;         // [B, L, H * D] contiguous
+  float* grad_weight = nullptr;   // [H * D]
+  float* workspace = nullptr;     // qk_norm_rope_backward_workspace_floats_*()
+};
+
+// CPU (csrc/rope/cpu.cpp).
+int64_t rope_table_floats_cpu(const RopeParams& params);
+void rope_3d_cpu(const RopeParams& params);
+void qk_norm_rope_cpu(const QkNormRopeParams& params);
+int64_t qk_norm_rope_backward_workspace_floats_cpu(const QkNormRopeBackwardParams& params);
+void qk_norm_rope_backward_cpu(const QkNormRopeBackwardParams& params);
+
+// CUDA (csrc/rope/cuda.cu): launches on params.stream, returns the launch error as cudaError_t (0 is success).
+int64_t rope_table_floats_cuda(const RopeParams& params);
+int32_t rope_3d_cuda(const RopeParams& params);
+int32_t qk_norm_rope_cuda(const QkNormRopeParams& params);
+int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardParams& params);
+int32_t qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& params);
+
+}  // namespace selfforcing
