@@ -5,7 +5,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../checks.h"
+#include "../kernel_call.h"
 #include "params.h"
 
 namespace selfforcing {
@@ -195,20 +195,13 @@ std::tuple<Tensor, Tensor> attention(
   if (q.numel() == 0) return {out, lse};
   p.out = mutable_heads(out);
   p.lse = lse.mutable_data_ptr<float>();
-#ifdef SELFFORCING_WITH_CUDA
-  const CudaStreamGuard guard(q);
-  p.stream = guard.stream();
-  const Tensor memory = workspace(p, attention_forward_workspace_bytes_cuda(p), q);
-  check_launch(attention_forward_cuda(p), "attention");
-#else
-  const Tensor memory = workspace(p, attention_forward_workspace_bytes_cpu(p), q);
-  attention_forward_cpu(p);
-#endif
+  const Tensor memory = workspace(p, SELFFORCING_KERNEL(attention_forward_workspace_bytes)(p), q);
+  run_kernel("attention", SELFFORCING_KERNEL(attention_forward), p, q);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& given_grad_out, const std::optional<Tensor>& given_grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& span_offsets, const Tensor& spans,
     const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
     const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
@@ -217,6 +210,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                           query_spans,  k_pages,      v_pages,    page_table, past_spans};
   AttentionBackwardParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
+  // Autograd may hand over anything, such as the expanded gradient of a sum.
+  const Tensor grad_out = with_contiguous_last_dim(given_grad_out);
+  std::optional<Tensor> grad_lse;
+  if (given_grad_lse.has_value()) grad_lse = torch::stable::contiguous(*given_grad_lse);
   for (const auto& [tensor, name] :
        {std::pair<const Tensor&, const char*>{grad_out, "attention_backward: grad_out"},
         {out, "attention_backward: out"}}) {
@@ -255,26 +252,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*grad);
     if (q.numel() == 0 || p.past.k_pages == nullptr) return {grad_q, grad_k, grad_v};
   }
-#ifdef SELFFORCING_WITH_CUDA
-  const CudaStreamGuard guard(q);
-  p.stream = guard.stream();
-  const Tensor memory = workspace(p, attention_backward_workspace_bytes_cuda(p), q);
-  check_launch(attention_backward_cuda(p), "attention_backward");
-#else
-  const Tensor memory = workspace(p, attention_backward_workspace_bytes_cpu(p), q);
-  attention_backward_cpu(p);
-#endif
+  const Tensor memory = workspace(p, SELFFORCING_KERNEL(attention_backward_workspace_bytes)(p), q);
+  run_kernel("attention_backward", SELFFORCING_KERNEL(attention_backward), p, q);
   return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace
 }  // namespace selfforcing
 
-#ifdef SELFFORCING_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(selfforcing, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(selfforcing, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(selfforcing, SELFFORCING_DISPATCH_KEY, m) {
   m.impl("attention", TORCH_BOX(&selfforcing::attention));
   m.impl("attention_backward", TORCH_BOX(&selfforcing::attention_backward));
 }

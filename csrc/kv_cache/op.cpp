@@ -1,8 +1,10 @@
 // selfforcing::kv_cache_write: checks, then fills the params of the kernels.
-#include "../checks.h"
-#include "params.h"
-
 #include <torch/csrc/stable/library.h>
+
+#include <utility>
+
+#include "../kernel_call.h"
+#include "params.h"
 
 namespace selfforcing {
 namespace {
@@ -68,31 +70,20 @@ void check_targets(const KVCacheWriteParams& p, int64_t num_pages) {
     }
   }
 }
+#endif
 
 void kv_cache_write(Tensor k_pages, Tensor v_pages, const Tensor& page_table, const Tensor& write_start,
                     const Tensor& k, const Tensor& v) {
   KVCacheWriteParams params = write_params(k_pages, v_pages, page_table, write_start, k, v);
+#ifndef SELFFORCING_WITH_CUDA
   check_targets(params, k_pages.size(0));
-  params.parallel = torch_threads();
-  kv_cache_write_cpu(params);
-}
-#else
-void kv_cache_write(Tensor k_pages, Tensor v_pages, const Tensor& page_table, const Tensor& write_start,
-                    const Tensor& k, const Tensor& v) {
-  KVCacheWriteParams params = write_params(k_pages, v_pages, page_table, write_start, k, v);
-  const CudaStreamGuard guard(k);
-  params.stream = guard.stream();
-  check_launch(kv_cache_write_cuda(params), "kv_cache_write");
-}
 #endif
+  run_kernel("kv_cache_write", SELFFORCING_KERNEL(kv_cache_write), params, k);
+}
 
 }  // namespace
 }  // namespace selfforcing
 
-#ifdef SELFFORCING_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(selfforcing, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(selfforcing, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(selfforcing, SELFFORCING_DISPATCH_KEY, m) {
   m.impl("kv_cache_write", TORCH_BOX(&selfforcing::kv_cache_write));
 }

@@ -1,0 +1,172 @@
+"""Block-causal attention: every query of a block sees the same few contiguous runs of keys (spans).
+
+Source: Self-Forcing (arXiv 2506.08009), section 3; softmax attention as in arXiv 1706.03762, equation 1, computed online
+as in FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from selfforcing_ext.checks import check_alike, check_float_tensor, check_head_dim, check_heads
+from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.mask import BlockCausalMask, SpanTable, full_span_table
+
+
+@overload
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausalMask | None = None,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausalMask | None = None,
+    softmax_scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@nvtx_range("block_causal_attention")
+def block_causal_attention(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, H_kv, D]
+    v: Tensor,  # [B, Lk, H_kv, D]
+    mask: BlockCausalMask | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys that the mask shows it. Differentiable in q, k and v.
+
+    Args:
+        q, k, v: float32, bfloat16 or float16, all of one dtype and on one device. D is a multiple of 8 up to 256; H_kv
+            divides H, and query head h reads K/V head h // (H / H_kv). The last dimension is contiguous, the other
+            strides are free. Under autocast they are cast as scaled_dot_product_attention casts them. Sums are float32.
+        mask: who sees whom; Lq and Lk are then its seqlen. None: every query sees every key.
+        softmax_scale: factor on q.k before the softmax; None: D ** -0.5.
+        return_lse: also return the logarithm of the softmax denominator; gradient flows through it as well.
+
+    Returns:
+        out [B, Lq, H, D], contiguous, in the dtype of q; and if asked lse, float32 [B, H, Lq], natural logarithm. A query
+        that sees no key gets 0 and -inf. Same inputs, same device and same thread count give the same bits.
+
+    Raises:
+        TypeError: a dtype that is not accepted or not shared, or a mask of another type.
+        ValueError: devices, ranks or sizes that do not fit each other or the mask, or a last dimension that is not
+            contiguous.
+    """
+    q, k, v = cast_to_autocast_dtype(q, k, v)
+    check_qkv(q, k, v)
+    if mask is None:
+        table = full_span_table(q.shape[1], k.shape[1], q.device)
+    else:
+        table = _table_of(mask, q, k)
+    out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def attention_over_spans(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, H_kv, D]
+    v: Tensor,  # [B, Lk, H_kv, D]
+    table: SpanTable,
+    past: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op behind the public functions: out [B, Lq, H, D] and lse [B, H, Lq].
+
+    ``past`` is (k_pages, v_pages [P, page_size, H_kv, D], page_table int32 [B, T], past_spans int32 [B, S, 2]): keys
+    that every query sees besides those of the table, constant to autograd.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    pages = (None, None, None, None) if past is None else past
+    out, lse = ops.attention(q, k, v, *table.tensors(), *pages, scale)
+    return out, lse
+
+
+def cast_to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as scaled_dot_product_attention sees them; otherwise as they are."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises TypeError or ValueError unless q, k and v are what the op takes."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float_tensor(name, tensor)
+        check_heads(name, tensor, "[B, Lq, H, D]" if name == "q" else "[B, Lk, H_kv, D]")
+    check_alike("k", k, "q", q)
+    check_alike("v", v, "q", q)
+    check_head_dim("q", q.shape[3])
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k has shape {list(k.shape)}, but must have the batch size {q.shape[0]} and head dim {q.shape[3]} of q"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"k has {k.shape[2]} heads, but must have a number of heads that divides the {q.shape[2]} heads of q"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {list(v.shape)}, but must have shape {list(k.shape)} like k")
+
+
+def _table_of(mask: BlockCausalMask, q: Tensor, k: Tensor) -> SpanTable:
+    if not isinstance(mask, BlockCausalMask):
+        raise TypeError(f"mask is a {type(mask).__name__}, but must be a BlockCausalMask or None")
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.shape[1] != mask.seqlen:
+            raise ValueError(f"{name} has {tensor.shape[1]} tokens, but mask.seqlen is {mask.seqlen}")
+    return mask.spans(q.device)
+
+
+@torch.library.register_fake("selfforcing::attention")
+def _attention_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("selfforcing::attention_backward")
+def _attention_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_NUM_GEOMETRY = 10  # arguments after q, k, v: six of the span table, four of the past
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *geometry, softmax_scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *geometry)
+    ctx.softmax_scale = softmax_scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *geometry = ctx.saved_tensors
+    nothing = (None,) * (_NUM_GEOMETRY + 1)
+    if grad_out is None and grad_lse is None:
+        return (None, None, None, *nothing)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
+    return (*grads, *nothing)
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise NotImplementedError("attention can be differentiated once, but not twice")
+
+
+torch.library.register_autograd("selfforcing::attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("selfforcing::attention_backward", _no_second_derivative)

@@ -1,0 +1,45 @@
+"""The argument checks that the public functions share. Messages name the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+from torch import Tensor, bfloat16, dtype, float16, float32
+
+FLOAT_DTYPES = (float32, bfloat16, float16)
+
+
+def dtype_name(value: dtype) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def check_float_tensor(name: str, tensor: object) -> None:
+    """Raises TypeError unless it is a float32, bfloat16 or float16 tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a torch.Tensor")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but must be float32, bfloat16 or float16")
+
+
+def check_heads(name: str, tensor: Tensor, layout: str = "[B, L, H, D]") -> None:
+    """Raises ValueError unless the tensor is [B, L, H, D] with a contiguous last dimension."""
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, but must have four dimensions {layout}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {tensor.stride(-1)} in its last dimension, but must have stride 1 there; "
+            f"call {name}.contiguous()"
+        )
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"{name} has head dim {head_dim}, but must have a multiple of 8 up to 256")
+
+
+def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises TypeError for another dtype, ValueError for another device."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} is {dtype_name(tensor.dtype)}, but must be {dtype_name(other.dtype)} like {other_name}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")
