@@ -72,21 +72,17 @@ class ProgressLine:
             self._bar.start()
             self._task = self._bar.add_task(title, total=total_steps, completed=first_step, values="")
 
-    @property
-    def steps_per_second(self) -> float:
-        return self._rate
-
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows progress after `step` steps."""
         elapsed = time.monotonic() - self.start
-        self._rate = (step - self.first_step) / max(elapsed, 1e-9)
+        rate = (step - self.first_step) / max(elapsed, 1e-9)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        text = f"{text}  {self._rate:.2f} steps/s"
+        text = f"{text}  {rate:.2f} steps/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
         elif elapsed - self._last_print >= self.every or step == self.total:
             self._last_print = elapsed
-            left = (self.total - step) / max(self._rate, 1e-9)
+            left = (self.total - step) / max(rate, 1e-9)
             print(f"{self.title} {step}/{self.total}  {text}  {elapsed:.0f} s gone, {left:.0f} s left", flush=True)
 
     def close(self) -> None:

@@ -149,7 +149,7 @@ class MovingDigits:
 
         corner = torch.from_numpy(corner).float()
         return VideoBatch(
-            video=self._render(self.images[torch.from_numpy(scan)], corner),
+            video=self.render(self.images[torch.from_numpy(scan)], corner),
             captions=[caption(*row) for row in zip(labels.tolist(), angle, omit, strict=True)],
             labels=labels,
             centres=corner + (c.digit_size - 1) / 2,
@@ -157,7 +157,7 @@ class MovingDigits:
             bounces=torch.from_numpy(bounces),
         )
 
-    def _render(self, images: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+    def render(self, images: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
         """Pastes images [B, N, S, S] with their top left at corner [B, F, N, 2]; returns [B, F, 1, H, W].
 
         A bilinear paste at a subpixel position is separable: tent weights for rows times tent weights for columns.

@@ -1,0 +1,50 @@
+"""Training from the command line: `python -m python_ref.train --config configs/teacher.yaml key=value ...`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from python_ref.config import Config, load_config
+from python_ref.data.source import TrainingSource, open_source
+from python_ref.stages import Stage
+from python_ref.trainer import Trainer
+
+
+def make_stage(config: Config, source: TrainingSource) -> Stage:
+    """The stage that `config.stage` names, its networks built or loaded."""
+    if config.stage == "teacher":
+        from python_ref.stages.teacher import TeacherStage
+
+        return TeacherStage(config, source)
+    raise ValueError(config.stage)
+
+
+def train(config: Config) -> Path:
+    """Runs one stage; returns the file of averaged weights."""
+    torch.set_num_threads(config.threads)
+    source = open_source(config.data)
+    prompts = None
+    if config.data.source == "video_files":
+        prompts = source.batch(0, config.logging.sample_prompts)[1]
+    return Trainer(config, make_stage(config, source), prompts).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m python_ref.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file such as configs/teacher.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parsed = parser.parse_args(arguments)
+    try:
+        weights = train(load_config(parsed.config, parsed.overrides))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"weights: {weights}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
