@@ -117,17 +117,23 @@ class DMD:
             flow = ratio[:, :, None, None, None] * flow
         return flow_matching_loss(flow, generated, noise), {"timestep": t}
 
+    def score_timestep(self, uniform: Tensor) -> Tensor:
+        """float32 timesteps to compare scores at, from uniform integer ones: shifted, then kept off the ends."""
+        steps = self.schedule.num_train_timesteps
+        t = uniform.float()
+        if self.timestep_shift > 1:
+            t = self.timestep_shift * (t / steps) / (1 + (self.timestep_shift - 1) * (t / steps)) * steps
+        return t.clamp(int(LOWEST_SCORE_TIMESTEP * steps), int(HIGHEST_SCORE_TIMESTEP * steps))
+
     def _noise(
         self, latents: Tensor, timestep_from: int | None, timestep_to: int | None, source: NoiseSource
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps [B, 1], the latents noised to them, and the noise."""
-        steps = self.schedule.num_train_timesteps
         low = timestep_to if self.ts_schedule and timestep_to is not None else self.min_score_timestep
-        high = timestep_from if self.ts_schedule_max and timestep_from is not None else steps
-        t = source.randint(low, high, (latents.shape[0], 1), latents.device).float()
-        if self.timestep_shift > 1:
-            t = self.timestep_shift * (t / steps) / (1 + (self.timestep_shift - 1) * (t / steps)) * steps
-        t = t.clamp(int(LOWEST_SCORE_TIMESTEP * steps), int(HIGHEST_SCORE_TIMESTEP * steps))
+        high = (
+            timestep_from if self.ts_schedule_max and timestep_from is not None else self.schedule.num_train_timesteps
+        )
+        t = self.score_timestep(source.randint(low, high, (latents.shape[0], 1), latents.device))
         noise = source.randn(latents.shape, latents.dtype, latents.device)
         sigma = self.schedule.sigma_at(t).expand(latents.shape[:2])
         return t, self.generator.ops.add_noise(latents.detach(), noise, sigma), noise

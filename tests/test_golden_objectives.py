@@ -1,0 +1,176 @@
+"""DMD, critic and diffusion losses with their gradients against the published implementation."""
+
+import pytest
+import torch
+from golden_files import (
+    BACKENDS,
+    assert_gradients_near,
+    assert_near,
+    case,
+    load,
+    model,
+    parameters,
+    replay,
+    wide_model,
+)
+
+from python_ref.models.wan import CausalWanModel, WanModel
+from python_ref.objectives.diffusion import CausalDiffusion
+from python_ref.objectives.dmd import DMD
+from python_ref.schedule import FlowMatchSchedule
+
+DMD_LOSSES = ["loss_dmd", "loss_dmd_masked_guided"]
+DIFFUSION_LOSSES = ["loss_diffusion_forcing", "loss_teacher_forcing", "loss_teacher_forcing_noise_aug"]
+SCORE_SHIFT = 8.0  # the shift that the published score wrappers always use
+
+
+def load_models(backend):
+    """Generator, real score and fake score."""
+    kinds = {"generator": CausalWanModel, "real": WanModel, "fake": WanModel}
+    weights = load("losses_params")
+    return [
+        model(
+            kind,
+            "losses_params",
+            {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")},
+            backend,
+        )
+        for name, kind in kinds.items()
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DMD_LOSSES)
+def test_dmd(name, backend):
+    entry, tensors = parameters(name), load(name)
+    objective = DMD(
+        *load_models(backend),
+        FlowMatchSchedule(5.0),
+        guidance_scale=entry["real_guidance_scale"],
+        fake_guidance_scale=entry["fake_guidance_scale"],
+        timestep_shift=entry["timestep_shift"],
+        ts_schedule=entry["ts_schedule"],
+    )
+    latents = tensors["latents"].requires_grad_()
+    mask = tensors["gradient_mask"].bool() if "gradient_mask" in tensors else None
+    loss, log = objective.distribution_matching_loss(
+        latents,
+        tensors["context"],
+        tensors["uncond"],
+        mask,
+        entry["denoised_timestep_from"],
+        entry["denoised_timestep_to"],
+        source=replay(tensors),
+    )
+    loss.backward()
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(latents.grad, tensors["grad_latents"], name="gradient")
+    assert_near(log["timestep"].expand(latents.shape[:2]), tensors["timestep"], name="timestep")
+    assert_near(log["gradient_norm"], tensors["dmdtrain_gradient_norm"], name="gradient norm")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(parameters("wide/f_dmd_matching")["cases"]))
+def test_wide_dmd(name, backend):
+    entry, tensors = parameters("wide/f_dmd_matching")["cases"][name], case("wide/f_dmd_matching", name)
+    options = entry["args"]
+    objective = DMD(
+        wide_model(CausalWanModel, "ef_gen", backend),
+        wide_model(WanModel, "ef_real", backend),
+        wide_model(WanModel, "ef_fake", backend),
+        FlowMatchSchedule(entry["generator_scheduler_shift"]),
+        score_schedule=FlowMatchSchedule(SCORE_SHIFT),
+        guidance_scale=options.get("real_guidance_scale", options.get("guidance_scale")),
+        fake_guidance_scale=options.get("fake_guidance_scale", 0.0),
+        timestep_shift=options["timestep_shift"],
+        ts_schedule=options["ts_schedule"],
+        ts_schedule_max=options.get("ts_schedule_max", False),
+        min_score_timestep=options.get("min_score_timestep", 0),
+    )
+    latents = tensors["x"].requires_grad_()
+    loss, log = objective.distribution_matching_loss(
+        latents,
+        tensors["cond"],
+        tensors["uncond"],
+        tensors["gradient_mask"].bool() if "gradient_mask" in tensors else None,
+        entry["params"].get("fr"),
+        entry["params"].get("to"),
+        source=replay(tensors),
+    )
+    loss.backward()
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(latents.grad, tensors["grad_x"], name="gradient")
+    assert_near(log["timestep"].expand(latents.shape[:2]), tensors["timestep"], name="timestep")
+    assert_near(log["gradient_norm"], tensors["log_gradient_norm"], name="gradient norm")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_critic(backend):
+    tensors = load("loss_critic")
+    generator, real, fake = load_models(backend)
+    loss, log = DMD(generator, real, fake, FlowMatchSchedule(5.0)).critic_loss(
+        tensors["generated"], tensors["context"], source=replay(tensors)
+    )
+    loss.backward()
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(log["timestep"].expand(tensors["timestep"].shape), tensors["timestep"], name="timestep")
+    assert_gradients_near(fake, tensors, "grad.")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIFFUSION_LOSSES)
+def test_causal_diffusion(name, backend):
+    entry, tensors = parameters(name), load(name)
+    generator, _, _ = load_models(backend)
+    objective = CausalDiffusion(
+        generator,
+        FlowMatchSchedule(5.0),
+        frames_per_block=entry["num_frame_per_block"],
+        teacher_forcing=entry["teacher_forcing"],
+        clean_noise_steps=entry["noise_augmentation_max_timestep"],
+        published_clean_noise=True,
+    )
+    source = replay(tensors)
+    loss, log = objective.loss(tensors["clean"], tensors["context"], source)
+    assert source.consumed == len(source.draws)
+    loss.backward()
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(log["x0"], tensors["x0_pred"], name="x0")
+    assert_gradients_near(generator, tensors, "grad.")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(parameters("wide/f_diffusion")["cases"]))
+def test_wide_causal_diffusion(name, backend):
+    entry, tensors = parameters("wide/f_diffusion")["cases"][name], case("wide/f_diffusion", name)
+    options = entry["args"]
+    generator = wide_model(CausalWanModel, "ef_gen", backend)
+    schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
+    objective = CausalDiffusion(
+        generator,
+        schedule,
+        frames_per_block=options["num_frame_per_block"],
+        first_frame_alone=options["independent_first_frame"],
+        teacher_forcing=options.get("teacher_forcing", False),
+        clean_noise_steps=options.get("noise_augmentation_max_timestep", 0),
+        published_clean_noise=True,
+    )
+    loss, log = objective.loss(tensors["clean_latent"], tensors["cond"], replay(tensors))
+    loss.backward()
+    assert_near(log["timestep"], tensors["timestep"], name="timestep")
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_gradients_near(generator, tensors, "grad.gen.")
+
+
+def test_clean_noise_is_low_unless_asked_to_be_as_published():
+    tensors = load("loss_teacher_forcing_noise_aug")
+    generator, _, _ = load_models("reference")
+    drawn = {}
+    generator.register_forward_pre_hook(lambda _, args, kwargs: drawn.update(kwargs), with_kwargs=True)
+    schedule = FlowMatchSchedule(5.0)
+    for published, levels in ((False, schedule.timesteps[-100:]), (True, schedule.timesteps[:100])):
+        objective = CausalDiffusion(
+            generator, schedule, teacher_forcing=True, clean_noise_steps=100, published_clean_noise=published
+        )
+        objective.loss(tensors["clean"], tensors["context"], replay(tensors))
+        assert torch.isin(drawn["clean_t"], levels).all()
