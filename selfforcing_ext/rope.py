@@ -1,0 +1,181 @@
+"""Rotary position embedding over frame, row and column, alone and fused with the normalisation of queries and keys.
+
+Source: RoFormer (arXiv 2104.09864), section 3.2, with the channels of a head split over three axes as in Wan2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfforcing_ext.checks import check_float_tensor, check_head_dim, check_heads, dtype_name
+from selfforcing_ext.library import nvtx_range, ops
+
+
+@nvtx_range("rope_3d")
+def rope_3d(
+    x: Tensor,  # [B, L, H, D]
+    grid: Sequence[int],
+    start_frame: int | Tensor = 0,
+) -> Tensor:
+    """Rotates each pair of channels (2j, 2j + 1) by its token's position on one axis times the pair's frequency.
+
+    Of the D / 2 pairs of a head, the last D // 6 belong to the column, the D // 6 before them to the row and the others
+    to the frame; the j-th of n pairs of an axis turns by 10000 ** (-j / n) radians per step. Differentiable in x.
+
+    Args:
+        x: queries or keys, float32, bfloat16 or float16; L = frames * rows * columns, tokens ordered (frame, row,
+            column); D even, up to 256. The last dimension is contiguous, the other strides are free.
+        grid: tokens along (frames, rows, columns).
+        start_frame: position of the first frame, in frames: an int, or an int32 tensor [1] on the device of x, which is
+            read when the op runs, so that captured graphs replay with new positions. Rows and columns start at 0.
+
+    Returns:
+        [B, L, H, D], contiguous, in the dtype of x. Angles are float64, the rotation float32.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: ranks, devices or sizes that do not fit each other, or a last dimension that is not contiguous.
+    """
+    check_float_tensor("x", x)
+    check_heads("x", x)
+    if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
+        raise ValueError(f"x has head dim {x.shape[3]}, but must have an even one up to 256")
+    _check_grid("x", x, grid)
+    out: Tensor = ops.rope_3d(x, _start_frame_tensor(start_frame, x), list(grid), False)
+    return out
+
+
+@nvtx_range("qk_norm_rope")
+def qk_norm_rope(
+    x: Tensor,  # [B, L, H * D]
+    weight: Tensor,  # [H * D]
+    num_heads: int,
+    grid: Sequence[int],
+    start_frame: int | Tensor = 0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """RMSNorm over all channels (all heads together), split into heads, then ``rope_3d``, in one pass over memory.
+
+    Differentiable in x and weight.
+
+    Args:
+        x: projected queries or keys, float32, bfloat16 or float16. The last dimension is contiguous, the other strides
+            are free.
+        weight: factor per channel after the normalisation; any floating dtype, used as float32.
+        num_heads: H; D = channels / H is a multiple of 8 up to 256.
+        grid, start_frame: as in ``rope_3d``.
+        eps: added to the mean square; not below 0.
+
+    Returns:
+        [B, L, H, D], contiguous, in the dtype of x: computed in float32, rounded once at the end. The gradient of
+        weight is summed in float32 in an order that depends on sizes alone.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: ranks, devices or sizes that do not fit each other, or a last dimension that is not contiguous.
+
+    Source: RMSNorm (arXiv 1910.07467), equation 4, placed as in Wan2.1.
+    """
+    check_float_tensor("x", x)
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {list(x.shape)}, but must have three dimensions [B, L, H * D]")
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"x has stride {x.stride(2)} in its last dimension, but must have stride 1 there")
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, but must divide the {x.shape[2]} channels of x")
+    check_head_dim("x", x.shape[2] // num_heads)
+    if weight.shape != x.shape[2:]:
+        raise ValueError(f"weight has shape {list(weight.shape)}, but must have shape {list(x.shape[2:])}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight is {dtype_name(weight.dtype)}, but must be a floating dtype")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, but must be on {x.device} like x")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, but must not be below 0")
+    _check_grid("x", x, grid)
+    y: Tensor
+    y, _ = ops.qk_norm_rope(
+        x, weight.float().contiguous(), _start_frame_tensor(start_frame, x), num_heads, list(grid), eps
+    )
+    return y
+
+
+def _check_grid(name: str, x: Tensor, grid: Sequence[int]) -> None:
+    if len(grid) != 3 or any(size < 0 for size in grid):
+        raise ValueError(f"grid is {tuple(grid)}, but must be the numbers of tokens along (frames, rows, columns)")
+    num_tokens = grid[0] * grid[1] * grid[2]
+    if x.shape[1] != num_tokens:
+        raise ValueError(f"{name} has {x.shape[1]} tokens, but grid {tuple(grid)} has {num_tokens}")
+
+
+def _start_frame_tensor(start_frame: int | Tensor, x: Tensor) -> Tensor:  # int32 [1]
+    if not isinstance(start_frame, Tensor):
+        return torch.full((1,), start_frame, dtype=torch.int32, device=x.device)
+    if start_frame.dtype != torch.int32:
+        raise TypeError(f"start_frame is {dtype_name(start_frame.dtype)}, but must be an int or an int32 tensor")
+    if start_frame.shape != (1,):
+        raise ValueError(f"start_frame has shape {list(start_frame.shape)}, but must be an int or have shape [1]")
+    if start_frame.device != x.device:
+        raise ValueError(f"start_frame is on {start_frame.device}, but must be on {x.device} like x")
+    return start_frame
+
+
+@torch.library.register_fake("selfforcing::rope_3d")
+def _rope_3d_fake(x: Tensor, start_frame: Tensor, grid: list[int], inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("selfforcing::qk_norm_rope")
+def _qk_norm_rope_fake(
+    x: Tensor, weight: Tensor, start_frame: Tensor, num_heads: int, grid: list[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, channels = x.shape
+    y = x.new_empty((batch, tokens, num_heads, channels // num_heads))
+    return y, x.new_empty((batch, tokens), dtype=torch.float32)
+
+
+@torch.library.register_fake("selfforcing::qk_norm_rope_backward")
+def _qk_norm_rope_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, start_frame: Tensor, grid: list[int]
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _rope_3d_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, start_frame, ctx.grid, ctx.inverse = inputs
+    ctx.save_for_backward(start_frame)
+
+
+def _rope_3d_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    (start_frame,) = ctx.saved_tensors
+    if grad_y.stride(-1) != 1:  # the gradient of a sum is one expanded number
+        grad_y = grad_y.contiguous()
+    return ops.rope_3d(grad_y, start_frame, ctx.grid, not ctx.inverse), None, None, None
+
+
+def _qk_norm_rope_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, start_frame, _, ctx.grid, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, weight, rstd, start_frame)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _qk_norm_rope_backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd, start_frame = ctx.saved_tensors
+    grad_x, grad_weight = ops.qk_norm_rope_backward(grad_y, x, weight, rstd, start_frame, ctx.grid)
+    return grad_x, grad_weight, None, None, None, None
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise NotImplementedError("qk_norm_rope can be differentiated once, but not twice")
+
+
+torch.library.register_autograd("selfforcing::rope_3d", _rope_3d_backward, setup_context=_rope_3d_setup_context)
+torch.library.register_autograd(
+    "selfforcing::qk_norm_rope", _qk_norm_rope_backward, setup_context=_qk_norm_rope_setup_context
+)
+torch.library.register_autograd("selfforcing::qk_norm_rope_backward", _no_second_derivative)
