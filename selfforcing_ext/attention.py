@@ -66,7 +66,7 @@ def block_causal_attention(
     q, k, v = cast_to_autocast_dtype(q, k, v)
     check_qkv(q, k, v)
     if mask is None:
-        table = full_span_table(q.shape[1], k.shape[1], q.device)
+        table = _full_table(q.shape[1], k.shape[1], q.device)
     else:
         table = _table_of(mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
@@ -128,6 +128,15 @@ def _table_of(mask: BlockCausalMask, q: Tensor, k: Tensor) -> SpanTable:
         if tensor.shape[1] != mask.seqlen:
             raise ValueError(f"{name} has {tensor.shape[1]} tokens, but mask.seqlen is {mask.seqlen}")
     return mask.spans(q.device)
+
+
+def _full_table(num_queries: int, num_keys: int, device: torch.device) -> SpanTable:
+    if not torch.compiler.is_compiling():
+        return full_span_table(num_queries, num_keys, device)
+    # In a compiled graph the lengths may be symbols: the table is made from them, so that others need no new graph.
+    values = torch.tensor([0, num_queries, 0, num_keys, 0, 1], dtype=torch.int32, device=device)
+    queries, keys, offsets = values[0:2], values[2:4], values[4:6]
+    return SpanTable(queries, offsets, keys.view(1, 2), keys, offsets, queries.view(1, 2))
 
 
 @torch.library.register_fake("selfforcing::attention")

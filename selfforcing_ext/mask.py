@@ -148,6 +148,8 @@ class BlockCausalMask:
                 f"num_frames is {self.num_frames}, but must be {wanted} of frames_per_block = {self.frames_per_block}"
             )
         check_window(self.window_frames, self.sink_frames, self.frames_per_block)
+        # Made here and not on demand: torch.compile can read a table, but not trace how one is made.
+        self._tables[torch.device("cpu")] = self._build_table()
 
     @property
     def seqlen(self) -> int:
@@ -168,9 +170,7 @@ class BlockCausalMask:
         """The span table on a device (made once per device)."""
         device = torch.device(device)
         if device not in self._tables:
-            self._tables[device] = (
-                self._build_table() if device.type == "cpu" else self.spans("cpu").to(device)
-            )
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
