@@ -218,7 +218,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     layers: list[tuple[str, Any]] = []
     if file is not None:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"config file {file} does not exist; accepted: a YAML file such as those in configs/")
+            raise FileNotFoundError(f"config file {file} does not exist; accepted: a YAML file as in configs/")
         layers.append((str(file), OmegaConf.load(file)))
     for override in overrides:
         key, separator, _ = override.partition("=")

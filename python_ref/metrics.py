@@ -9,6 +9,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+class LogWindow:
+    """Means of the metrics since the last logged step; a metric counts in the steps that have it."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """The metrics of one step."""
+        self._steps += 1
+        for name, value in metrics.items():
+            self._values.setdefault(name, []).append(value)
+
+    def close(self) -> dict[str, float]:
+        """The means and the steps per second of the window, which starts anew."""
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        means["steps_per_second"] = self._steps / max(time.monotonic() - self._start, 1e-9)
+        self._restart()
+        return means
+
+    def _restart(self) -> None:
+        self._values: dict[str, list[float]] = {}
+        self._steps, self._start = 0, time.monotonic()
+
+
 class MetricsLog:
     """Writes `metrics.jsonl` and TensorBoard events of one run.
 

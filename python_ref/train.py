@@ -10,16 +10,16 @@ import torch
 from python_ref.config import Config, load_config
 from python_ref.data.source import TrainingSource, open_source
 from python_ref.stages import Stage
+from python_ref.stages.causal import CausalStage
+from python_ref.stages.self_forcing import SelfForcingStage
+from python_ref.stages.teacher import TeacherStage
 from python_ref.trainer import Trainer
 
 
 def make_stage(config: Config, source: TrainingSource) -> Stage:
     """The stage that `config.stage` names, its networks built or loaded."""
-    if config.stage == "teacher":
-        from python_ref.stages.teacher import TeacherStage
-
-        return TeacherStage(config, source)
-    raise ValueError(config.stage)
+    kinds = {"teacher": TeacherStage, "causal": CausalStage, "self_forcing": SelfForcingStage}
+    return kinds[config.stage](config, source)
 
 
 def train(config: Config) -> Path:

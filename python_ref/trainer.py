@@ -1,6 +1,5 @@
 """The loop around a stage: steps, metrics, samples, checkpoints and resuming."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from python_ref.checkpoint import Checkpointer
 from python_ref.config import Config, to_yaml
 from python_ref.data.prompts import evaluation_prompts
-from python_ref.metrics import MetricsLog, ProgressLine
+from python_ref.metrics import LogWindow, MetricsLog, ProgressLine
 from python_ref.randomness import derived_generator
 from python_ref.stages import Stage
 from python_ref.video_output import grid, write_contact_sheet, write_gif
@@ -41,17 +40,15 @@ class Trainer:
         (self.folder / f"{self.stage.name}.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         log = MetricsLog(self.folder / "logs" / self.stage.name, first_step, logging.tensorboard)
         progress = ProgressLine(self.stage.name, first_step, self.stage.total_steps)
-        window_start, window_steps = time.monotonic(), 0
+        window = LogWindow()
         try:
             for step in range(first_step, self.stage.total_steps):
                 metrics = self.stage.train_step(step)
                 done, last = step + 1, step + 1 == self.stage.total_steps
-                window_steps += 1
+                window.add(metrics)
                 progress.update(done, {name: value for name, value in metrics.items() if "loss" in name})
                 if done % logging.log_every == 0 or last:
-                    now = time.monotonic()
-                    log.write(done, {**metrics, "steps_per_second": window_steps / (now - window_start)})
-                    window_start, window_steps = now, 0
+                    log.write(done, window.close())
                 if done % logging.checkpoint_every == 0 or last:
                     self._save(done)
                 if done % logging.sample_every == 0 or last:

@@ -19,8 +19,8 @@ class CaptionedModel(nn.Module):
     """`model` (bidirectional or causal) and `text`, built from the settings that travel with the weights.
 
     Args:
-        settings: "model" and "flow" (ModelConfig and FlowConfig as dicts), "words", "num_frames", "channels", "frame_size";
-            JSON can hold it all.
+        settings: "model" and "flow" (ModelConfig and FlowConfig as dicts), "words", "num_frames", "channels" and
+            "frame_size"; JSON can hold it all.
         causal: whether `model` is a CausalWanModel or a WanModel; both have the same weights.
         backend: "ext" or "reference".
     """

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from python_ref.config import Config
 from python_ref.data.source import TrainingSource
+from python_ref.generation import generate_bidirectional
 from python_ref.learning import Learner, update_average
 from python_ref.models.captioned import CaptionedModel
 from python_ref.models.text import drop_captions
 from python_ref.noise import TorchNoise
 from python_ref.objectives.diffusion import TeacherFlowMatching
-from python_ref.pipelines.bidirectional import sample_bidirectional
 from python_ref.precision import network_precision
 from python_ref.randomness import derived_generator
 
@@ -63,10 +63,11 @@ class TeacherStage:
         return loss
 
     def sample(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
-        noise = torch.randn(self.average.latent_shape(len(captions)), generator=generator)
-        with network_precision(self.config.precision):
-            context, uncond = self.average.contexts(captions)
-            schedule = self.average.schedule(self.settings.sample_steps)
-            return sample_bidirectional(
-                self.average.model, schedule, noise, context, uncond, self.settings.guidance_scale
-            )
+        return generate_bidirectional(
+            self.average,
+            captions,
+            self.settings.sample_steps,
+            self.settings.guidance_scale,
+            generator,
+            self.config.precision,
+        )

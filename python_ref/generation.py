@@ -1,0 +1,71 @@
+"""Videos from a trained model, whichever kind it is: what training samples, `generate` and `evaluate` share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from python_ref.config import RolloutConfig
+from python_ref.models.captioned import CaptionedModel
+from python_ref.models.wan import CausalWanModel, WanModel
+from python_ref.noise import TorchNoise
+from python_ref.pipelines.bidirectional import sample_bidirectional
+from python_ref.pipelines.inference import CausalInferencePipeline
+from python_ref.precision import network_precision
+
+
+@torch.no_grad()
+def generate_causal(
+    network: CaptionedModel,
+    captions: Sequence[str],
+    num_frames: int,
+    rollout: RolloutConfig,
+    generator: torch.Generator,
+    precision: str,
+) -> Tensor:
+    """Block by block in a few steps; float32 [B, num_frames, C, H, W] in about -1..1, of any length.
+
+    Args:
+        network: with a CausalWanModel.
+        captions: B texts.
+        num_frames: a multiple of `rollout.frames_per_block`; may exceed the length of training.
+        rollout: blocks, denoising steps, window and sink.
+        generator: of all random draws.
+        precision: "bf16" or "fp32".
+    """
+    assert isinstance(network.model, CausalWanModel)
+    if num_frames < 1 or num_frames % rollout.frames_per_block:
+        raise ValueError(
+            f"num_frames is {num_frames}; accepted: a multiple of frames_per_block = {rollout.frames_per_block}"
+        )
+    schedule = network.schedule()
+    pipeline = CausalInferencePipeline(
+        network.model,
+        schedule,
+        schedule.warp(rollout.denoising_steps),
+        rollout.frames_per_block,
+        context_noise=rollout.context_noise,
+        window_frames=rollout.window_frames,
+        sink_frames=rollout.sink_frames,
+    )
+    noise = torch.randn(network.latent_shape(len(captions), num_frames), generator=generator)
+    with network_precision(precision):
+        context, _ = network.contexts(captions)
+        return pipeline.generate(noise, context, TorchNoise(generator))
+
+
+@torch.no_grad()
+def generate_bidirectional(
+    network: CaptionedModel,
+    captions: Sequence[str],
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator,
+    precision: str,
+) -> Tensor:
+    """All frames at once in many steps with guidance; float32 [B, F, C, H, W], F as in training."""
+    assert isinstance(network.model, WanModel)
+    noise = torch.randn(network.latent_shape(len(captions)), generator=generator)
+    with network_precision(precision):
+        context, uncond = network.contexts(captions)
+        return sample_bidirectional(network.model, network.schedule(steps), noise, context, uncond, guidance_scale)
