@@ -101,16 +101,20 @@ void modulated_layer_norm(const ModulatedLayerNormParams& params) {
       auto* y = row_of<Element>(params.y, batch, token);
       const float* shift = params.shift.row(batch, frame);
       const float* scale = params.scale.row(batch, frame);
-      Floats sum{}, squares{};
+      Floats sum{}, rest{}, squares{};
       for_lanes(channels,
                 [&](int64_t c, int count) __attribute__((always_inline)) { sum += load<Element>(x + c, count); });
-      const float mean = sum_lanes(sum) / channels;
-      // The second pass (the row is in the first-level cache) avoids the cancellation of E[x^2] - E[x]^2.
+      const float rough_mean = sum_lanes(sum) / channels;
+      // The second pass (the row is in the first-level cache) avoids the cancellation of E[x^2] - E[x]^2, and what is left
+      // of the mean after subtracting it corrects its rounding.
       for_lanes(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-        const Floats centered = keep_lanes(load<Element>(x + c, count) - mean, count);
+        const Floats centered = keep_lanes(load<Element>(x + c, count) - rough_mean, count);
+        rest += centered;
         squares += centered * centered;
       });
-      const float rstd = 1.0f / sqrtf(sum_lanes(squares) / channels + params.eps);
+      const float correction = sum_lanes(rest) / channels, mean = rough_mean + correction;
+      const float variance = sum_lanes(squares) / channels - correction * correction;
+      const float rstd = 1.0f / sqrtf((variance > 0.0f ? variance : 0.0f) + params.eps);
       params.mean[batch * tokens + token] = mean;
       params.rstd[batch * tokens + token] = rstd;
       for_lanes(channels, [&](int64_t c, int count) __attribute__((always_inline)) {

@@ -32,10 +32,11 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 SELFFORCING_INLINE Floats broadcast(float x) { return Floats{} + x; }
 
+// In halves, so that rounding grows with the logarithm of the number of lanes.
 SELFFORCING_INLINE float sum_lanes(Floats x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+  return x[0];
 }
 
 SELFFORCING_INLINE Floats absolute(Floats x) {
