@@ -108,7 +108,7 @@ def print_table(results: Mapping[str, Measures], title: str) -> None:
     table = Table(title=title)
     for column in ("videos", "frames", "identity", "first block", "last block", "lowest frame", "start angle",
                    "within 45°", "bend inside", "bend at borders", "jump ratio", "sharpness", "ink"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "videos" else "right")
+        table.add_column(column, justify="left" if column == "videos" else "right", no_wrap=column == "videos")
     for name, m in results.items():
         s = m.summary
         table.add_row(
