@@ -487,7 +487,7 @@ void compare(const Problem& p, int which, const char* name, const TestTensor& ac
 void check(const Problem& p) {
   // Half a unit in the last place of the dtype, random in sign, is 0.29 units of 2^-24, 2^-8, 2^-11; the rest is what
   // probabilities and gradients of scores lose when they are rounded to the dtype on their way into a product.
-  constexpr double kOut[] = {1.5e-6, 3.5e-3, 4e-4}, kGrad[] = {4e-6, 8e-3, 1.5e-3}, kLse[] = {2e-6, 2e-6, 2e-6};
+  constexpr double kOut[] = {1.5e-6, 3.5e-3, 4e-4}, kGrad[] = {4e-6, 8e-3, 1.5e-3}, kLse[] = {2e-6, 4e-6, 2e-6};
   const int dtype = static_cast<int>(p.dtype);
   const Exact exact = define(p);
   const Results one = compute(p, 1);

@@ -1,0 +1,127 @@
+// How elements become operands of a matrix product: 4-byte words that hold one float32 or, where the machine
+// multiplies pairs of bfloat16 (AVX512-BF16), two neighbours of the summed dimension. Everything packed is an array of
+// words, written float*; products run over words.
+#pragma once
+#include "../simd/vector.h"
+
+namespace selfforcing {
+namespace SELFFORCING_ISA {
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// One float32 a word; other dtypes are widened on their way in.
+template <typename E>
+struct Operand {
+  using Element = E;
+  using Storage = typename Element::Storage;
+  static constexpr int kPack = 1;  // elements in a word
+  static constexpr const auto& kExp2 = kExp2Float32;
+
+  static SELFFORCING_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+    return SELFFORCING_ISA::multiply_add(a, b, c);
+  }
+  // `count` words, at most kLanes, from a row of elements; the other lanes are 0.
+  static SELFFORCING_INLINE Floats load_words(const Storage* row, int count) { return load<Element>(row, count); }
+  // Words of one summed index from vectors over the other dimension.
+  static SELFFORCING_INLINE Floats join(const Floats (&rows)[kPack]) { return rows[0]; }
+  // kLanes neighbours of the summed dimension, as kLanes / kPack words.
+  static SELFFORCING_INLINE void store_summed(float* words, Floats x) { store(words, x); }
+  // Joins kPack rows of `count` elements (0 beyond) and calls put(d, words) for every kLanes elements from d on.
+  template <typename Put>
+  static SELFFORCING_INLINE void join_rows(const Storage* const (&rows)[kPack], int count, const Put& put) {
+    for (int d = 0; d < count; d += kLanes) put(d, load<Element>(rows[0] + d, count - d < kLanes ? count - d : kLanes));
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<BFloat16> {
+  using Element = BFloat16;
+  using Storage = uint16_t;
+  static constexpr int kPack = 2;
+  static constexpr const auto& kExp2 = kExp2BFloat16;
+
+  static SELFFORCING_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+  static SELFFORCING_INLINE Floats load_words(const uint16_t* row, int count) {
+    return (Floats)_mm512_maskz_loadu_epi32((1u << count) - 1, row);
+  }
+  static SELFFORCING_INLINE Floats join(const Floats (&rows)[kPack]) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
+    return (Floats)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+  }
+  static SELFFORCING_INLINE void store_summed(float* words, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  template <typename Put>
+  static SELFFORCING_INLINE void join_rows(const uint16_t* const (&rows)[kPack], int count, const Put& put) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int d = 0; d < count; d += 2 * kLanes) {
+      const int words = (count - d) / 2 < kLanes ? (count - d) / 2 : kLanes;
+      const __m512i a = (__m512i)load_words(rows[0] + d, words), b = (__m512i)load_words(rows[1] + d, words);
+      put(d, (Floats)_mm512_permutex2var_epi16(a, low, b));
+      if (2 * words > kLanes) put(d + kLanes, (Floats)_mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+};
+#endif
+
+// sums[i][j] += sum over steps s of a[i * a_row + s * a_step] * b[s * b_step + j * kLanes ...]
+template <typename Op, int kRows, int kVectors>
+SELFFORCING_INLINE void multiply(Floats (&sums)[kRows][kVectors], const float* a, int64_t a_row, int64_t a_step,
+                                 const float* b, int64_t b_step, int steps) {
+#pragma GCC unroll 2
+  for (int step = 0; step < steps; ++step) {
+    Floats column[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) column[j] = load(b + step * b_step + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      Floats factor = broadcast(a[i * a_row + step * a_step]);
+      keep_in_register(factor);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = Op::multiply_add(factor, column[j], sums[i][j]);
+    }
+  }
+}
+
+// Rows of elements, `count` of them, to words [word][lane]: row i is lane i of kVectors vectors; missing rows are 0.
+// Every word is exclusive-ored with `flip`.
+template <typename Op>
+void pack_lanes(float* to, int vectors, const typename Op::Storage* rows, int64_t stride, int count, int dim,
+                uint32_t flip) {
+  const int words = dim / Op::kPack;
+  for (int j = 0; j < vectors; ++j) {
+    for (int word = 0; word < words; word += kLanes) {
+      const int width = words - word < kLanes ? words - word : kLanes;
+      Floats block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int row = j * kLanes + i;
+        block[i] = row < count ? Op::load_words(rows + row * stride + word * Op::kPack, width) : Floats{};
+        block[i] = reinterpret_cast<Floats>(reinterpret_cast<Words>(block[i]) ^ (Words{} + flip));
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < width) store(to + ((word + i) * vectors + j) * kLanes, block[i]);
+    }
+  }
+}
+
+// A row of elements as words.
+template <typename Op>
+SELFFORCING_INLINE void pack_row(float* to, const typename Op::Storage* row, int dim) {
+  const int words = dim / Op::kPack;
+  int word = 0;
+  for (; word + kLanes <= words; word += kLanes) store(to + word, Op::load_words(row + word * Op::kPack, kLanes));
+  if (word < words) store<Float32>(to + word, Op::load_words(row + word * Op::kPack, words - word), words - word);
+}
+
+}  // namespace SELFFORCING_ISA
+}  // namespace selfforcing
