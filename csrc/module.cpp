@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
       .def("add_pages", &PageTable::add_pages, py::arg("count"))
       .def("pages_needed", &PageTable::pages_needed, py::arg("stream"), py::arg("num_tokens"))
       .def("append", &PageTable::append, py::arg("stream"), py::arg("num_tokens"))
+      .def("releasable", &PageTable::releasable, py::arg("stream"), py::arg("first_visible"))
       .def("release_before", &PageTable::release_before, py::arg("stream"), py::arg("first_visible"))
       .def("clear", &PageTable::clear)
       .def("num_tokens", &PageTable::num_tokens, py::arg("stream"))

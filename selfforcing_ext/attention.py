@@ -66,7 +66,7 @@ def block_causal_attention(
     q, k, v = cast_to_autocast_dtype(q, k, v)
     check_qkv(q, k, v)
     if mask is None:
-        table = _full_table(q.shape[1], k.shape[1], q.device)
+        table = full_table(q.shape[1], k.shape[1], q.device)
     else:
         table = _table_of(mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
@@ -130,7 +130,8 @@ def _table_of(mask: BlockCausalMask, q: Tensor, k: Tensor) -> SpanTable:
     return mask.spans(q.device)
 
 
-def _full_table(num_queries: int, num_keys: int, device: torch.device) -> SpanTable:
+def full_table(num_queries: int, num_keys: int, device: torch.device) -> SpanTable:
+    """The table in which every query sees every key, made once per shape and device."""
     if not torch.compiler.is_compiling():
         return full_span_table(num_queries, num_keys, device)
     # In a compiled graph the lengths may be symbols: the table is made from them, so that others need no new graph.

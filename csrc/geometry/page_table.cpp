@@ -62,18 +62,27 @@ void PageTable::append(int64_t stream, int64_t num_tokens) {
   s.num_tokens += num_tokens;
 }
 
+int64_t PageTable::pages_before(const Stream& s, int64_t first_visible) const {
+  const int64_t first_page = std::min(first_visible, s.num_tokens) / page_size_;  // the first that is still needed
+  const int64_t moving_pages = std::max<int64_t>(0, static_cast<int64_t>(s.row.size()) - sink_pages_);
+  return std::clamp<int64_t>(first_page - sink_pages_ - s.num_released, 0, moving_pages);
+}
+
+int64_t PageTable::releasable(int64_t stream, int64_t first_visible) const {
+  const Stream& s = at(stream);
+  const auto begin = s.row.begin() + std::min<int64_t>(sink_pages_, s.row.size());
+  return std::count_if(begin, begin + pages_before(s, first_visible),
+                       [this](int32_t page) { return references_[page] == 1; });
+}
+
 void PageTable::release_before(int64_t stream, int64_t first_visible) {
-  const int64_t newest = at(stream).num_tokens;
+  const int64_t count = pages_before(at(stream), first_visible);
+  if (count == 0) return;
   Stream& s = streams_[stream];
-  const int64_t first_page = std::min(first_visible, newest) / page_size_;  // the first logical page still needed
-  const int64_t gone = first_page - sink_pages_ - s.num_released;
-  if (gone <= 0) return;
   const auto begin = s.row.begin() + sink_pages_;
-  // A row may be shorter when the newest token ends the page before first_page.
-  const auto end = begin + std::min<int64_t>(gone, s.row.end() - begin);
-  std::for_each(begin, end, [this](int32_t page) { release(page); });
-  s.num_released += end - begin;
-  s.row.erase(begin, end);
+  std::for_each(begin, begin + count, [this](int32_t page) { release(page); });
+  s.row.erase(begin, begin + count);
+  s.num_released += count;
 }
 
 void PageTable::clear() {
@@ -89,11 +98,19 @@ int64_t PageTable::position(int64_t stream, int64_t token) const {
   return token / page_size_ < sink_pages_ ? token : token - s.num_released * page_size_;
 }
 
-PageTable::Spans PageTable::spans(int64_t stream, int64_t first_visible, int64_t num_tokens) const {
+std::vector<PageTable::Spans> PageTable::spans(int64_t stream, const std::vector<int64_t>& first_visible,
+                                               int64_t num_tokens) const {
+  const int64_t released = at(stream).num_released;
+  const int64_t first_held = released > 0 ? (sink_pages_ + released) * page_size_ : 0;
   const int64_t sink_end = std::min(sink_tokens_, num_tokens);
-  const int64_t window_start = std::min(std::max(first_visible, sink_end), num_tokens);
-  const int64_t start = position(stream, window_start);
-  return {{{0, sink_end}, {start, start + (num_tokens - window_start)}}};
+  std::vector<Spans> result;
+  result.reserve(first_visible.size());
+  for (const int64_t first : first_visible) {
+    const int64_t window_start = std::min(std::max({first, first_held, sink_end}), num_tokens);
+    const int64_t start = position(stream, window_start);
+    result.push_back({{{0, sink_end}, {start, start + (num_tokens - window_start)}}});
+  }
+  return result;
 }
 
 void PageTable::pin(const std::vector<int32_t>& pages) {

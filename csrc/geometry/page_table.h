@@ -36,6 +36,9 @@ class PageTable {
   // changed then.
   void append(int64_t stream, int64_t num_tokens);
 
+  // Pages that release_before(stream, first_visible) would make free.
+  int64_t releasable(int64_t stream, int64_t first_visible) const;
+
   // Forgets the tokens before `first_visible` that are not in the sink; pages that hold no others are released.
   void release_before(int64_t stream, int64_t first_visible);
 
@@ -47,8 +50,9 @@ class PageTable {
   const std::vector<int32_t>& pages(int64_t stream) const { return at(stream).row; }
   int64_t position(int64_t stream, int64_t token) const;
 
-  // Positions of a stream's tokens [0, num_tokens) that are in the sink or not before `first_visible`.
-  Spans spans(int64_t stream, int64_t first_visible, int64_t num_tokens) const;
+  // For each entry of `first_visible` the positions of a stream's tokens [0, num_tokens) that are in the sink or not
+  // before it. Tokens whose page was released are left out.
+  std::vector<Spans> spans(int64_t stream, const std::vector<int64_t>& first_visible, int64_t num_tokens) const;
 
   // A reader of pages: they are not handed out again until unpin() was called as often as pin().
   void pin(const std::vector<int32_t>& pages);
@@ -62,6 +66,8 @@ class PageTable {
   };
 
   const Stream& at(int64_t stream) const;
+  // Pages of a row, after the sink's, that hold only tokens before `first_visible`.
+  int64_t pages_before(const Stream& stream, int64_t first_visible) const;
   void release(int32_t page);
 
   int64_t page_size_;

@@ -1,0 +1,56 @@
+"""Ops for autoregressive video diffusion: block-causal attention, a paged KV cache, rotary embedding, denoising steps and
+modulation, in C++ and CUDA with autograd.
+
+``selfforcing_ext.mask`` needs torch alone; every other name loads the compiled ops when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from selfforcing_ext.attention import block_causal_attention
+    from selfforcing_ext.denoise import add_noise, denoise_step, dmd_gradient, guided_denoise_step
+    from selfforcing_ext.kv_cache import PagedKVCache
+    from selfforcing_ext.mask import BlockCausalMask
+    from selfforcing_ext.modulate import gated_residual, modulated_layer_norm
+    from selfforcing_ext.rope import qk_norm_rope, rope_3d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCausalMask",
+    "PagedKVCache",
+    "add_noise",
+    "block_causal_attention",
+    "denoise_step",
+    "dmd_gradient",
+    "gated_residual",
+    "guided_denoise_step",
+    "modulated_layer_norm",
+    "qk_norm_rope",
+    "rope_3d",
+]
+
+_MODULE_OF = {
+    "BlockCausalMask": "mask",
+    "PagedKVCache": "kv_cache",
+    "add_noise": "denoise",
+    "block_causal_attention": "attention",
+    "denoise_step": "denoise",
+    "dmd_gradient": "denoise",
+    "gated_residual": "modulate",
+    "guided_denoise_step": "denoise",
+    "modulated_layer_norm": "modulate",
+    "qk_norm_rope": "rope",
+    "rope_3d": "rope",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
