@@ -46,6 +46,8 @@ def block_causal_attention(
     return (out, lse) if return_lse else out
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def masked_softmax_attention(
     q: Tensor,  # [B, Lq, H, D]
     k: Tensor,  # [B, Lk, H_kv, D]

@@ -27,7 +27,7 @@ class PagedKVCache:
         window_frames: frames that stay visible, counted back from the end of the current block, the block itself and
             the sink included. None: all.
         sink_frames: the first frames, always visible.
-        max_frames: frames that may be committed in all. None: no limit, which needs a window.
+        max_frames: frames that may be committed in all. None: no limit.
         page_size: accepted for the signature's sake; lists have no pages.
         dtype, device: of the keys and values.
         grad_through_cache: gradient flows from ``attend`` into the tensors that were written; otherwise the past is
@@ -36,7 +36,7 @@ class PagedKVCache:
     ``position`` is ``num_frames`` as an int32 tensor [1] on the device, updated in place.
 
     Raises:
-        ValueError: the window holds less than the sink and a frame, or neither window nor maximum is given.
+        ValueError: the window holds less than the sink and a frame.
     """
 
     def __init__(
@@ -55,8 +55,6 @@ class PagedKVCache:
         grad_through_cache: bool = False,
     ) -> None:
         check_window(window_frames, sink_frames, frames_per_block=1)
-        if window_frames is None and max_frames is None:
-            raise ValueError("max_frames is None, but must be given when window_frames is None: the cache must end")
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -103,16 +101,20 @@ class PagedKVCache:
         The block holds L / frame_seqlen frames from frame ``num_frames`` on; all its queries see the same keys.
 
         Raises:
-            ValueError: a shape or dtype that is not the cache's, tokens that are no whole frames, or a block that is
-                too long for the window or for ``max_frames``.
+            TypeError: a dtype that is not the cache's.
+            ValueError: a shape that is not the cache's, tokens that are no whole frames, or a block that is too long
+                for the window or for ``max_frames``.
         """
         q, k, v = cast_to_autocast_dtype(q, k, v)
         block_frames = self._check_block(layer, k, v)
-        if q.dtype != self.dtype or q.shape[:2] != k.shape[:2] or q.shape[3] != self.head_dim:
+        if q.dtype != self.dtype:
+            raise TypeError(f"q is {_name(q.dtype)}, but the cache holds {_name(self.dtype)}")
+        if q.shape[:2] != k.shape[:2] or q.shape[3] != self.head_dim:
             raise ValueError(
-                f"q is {q.dtype} {list(q.shape)}, but must be {self.dtype} with batch, tokens and head_dim "
-                f"{[*k.shape[:2], self.head_dim]}"
+                f"q has shape {list(q.shape)}, but must have batch, tokens and head dim "
+                f"{[*k.shape[:2], self.head_dim]} like k"
             )
+        self._check_turn("q", block_frames)
         spans = visible_past(self.num_frames, self.num_frames + block_frames, self.window_frames, self.sink_frames)
         past = [self._frames[layer][frame] for start, end in spans for frame in range(start, end)]
         keys, values = zip(*past, (k, v), strict=True)
@@ -135,7 +137,7 @@ class PagedKVCache:
                 written under ``torch.no_grad()``. Needs ``grad_through_cache``.
         """
         k, v = cast_to_autocast_dtype(k, v)
-        self._check_block(layer, k, v)
+        self._check_turn("k", self._check_block(layer, k, v))
         if grad_to is not None and not self.grad_through_cache:
             raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
         if not self.grad_through_cache:
@@ -186,25 +188,43 @@ class PagedKVCache:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer is {layer}, but must be in [0, {self.num_layers})")
         for name, tensor in (("k", k), ("v", v)):
-            expected = [self.batch_size, tensor.shape[1], self.num_heads, self.head_dim]
-            if list(tensor.shape) != expected or tensor.dtype != self.dtype:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, but must be {self.dtype} "
-                    f"[batch_size, tokens, num_heads, head_dim] = {expected}"
-                )
-        if k.shape[1] == 0 or k.shape[1] % self.frame_seqlen or k.shape != v.shape:
+            if tensor.dtype != self.dtype:
+                raise TypeError(f"{name} is {_name(tensor.dtype)}, but the cache holds {_name(self.dtype)}")
+            for what, size, wanted in zip(
+                ("batch size", "heads", "head dim"),
+                (tensor.shape[0], *tensor.shape[2:]),
+                (self.batch_size, self.num_heads, self.head_dim),
+                strict=True,
+            ):
+                if size != wanted:
+                    raise ValueError(f"{name} has {what} {size}, but the cache has {wanted}")
+        if v.shape[1] != k.shape[1]:
+            raise ValueError(f"v has {v.shape[1]} tokens, but must have {k.shape[1]} like k")
+        if k.shape[1] == 0 or k.shape[1] % self.frame_seqlen:
             raise ValueError(
-                f"k and v have {k.shape[1]} and {v.shape[1]} tokens, but must have the same positive multiple of "
-                f"frame_seqlen = {self.frame_seqlen}"
+                f"k has {k.shape[1]} tokens, but must have a positive multiple of frame_seqlen = {self.frame_seqlen}"
             )
         block_frames = k.shape[1] // self.frame_seqlen
         check_window(self.window_frames, self.sink_frames, block_frames)
+        return block_frames
+
+    def _check_turn(self, name: str, block_frames: int) -> None:
+        """Raises ValueError unless a block of this length can be the next."""
         if self.max_frames is not None and self.num_frames + block_frames > self.max_frames:
             raise ValueError(
-                f"k has {block_frames} frames after {self.num_frames} committed ones, but max_frames is "
+                f"{name} has {block_frames} frames after {self.num_frames} committed ones, but max_frames is "
                 f"{self.max_frames}"
             )
-        return block_frames
+        for written in self._written.values():
+            if len(written) != block_frames:
+                raise ValueError(
+                    f"{name} has {block_frames} frames, but must have {len(written)} like the block that layers "
+                    f"{sorted(self._written)} have written and that is not committed yet"
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _ValueWithGradientTo(torch.autograd.Function):
