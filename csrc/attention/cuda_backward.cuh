@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(c
                keys.start, keys.count, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> grad, scores;
     multiply<kHeadDim>(grad, grad_out_tile, kv_tile, params.head_dim);  // of the probabilities
-    __syncthreads();  // the values are used up
+    __syncthreads();                                                    // the values are used up
     fetch.store(kv_tile);
     __syncthreads();
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(c
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const bool visible = thread_x() + j * kRowThreads < keys.count;
-        const float probability =
-            visible ? exp2f(scores.at[i][j] * scale_log2 - statistics[i].lse_log2) : 0.0f;
+        const float probability = visible ? exp2f(scores.at[i][j] * scale_log2 - statistics[i].lse_log2) : 0.0f;
         grad.at[i][j] = probability * (grad.at[i][j] - statistics[i].delta);
       }
     share(grad, grad_scores);
@@ -145,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel
   float* const grad_out_tile = q_tile + tile_floats(Tile::kQueries, kHeadDim);
   float* const weights = grad_out_tile + tile_floats(Tile::kQueries, kHeadDim);
 
-  const RowTile keys = find_row_tile<Tile::kKeys>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
+  const RowTile keys =
+      find_row_tile<Tile::kKeys>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
   if (keys.count <= 0) return;
   const int32_t kv_head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
@@ -222,8 +222,8 @@ int32_t launch_backward(const AttentionBackwardParams& params) {
   using KVTile = GradKVTile<kHeadDim>;
   const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kKeys),
                      static_cast<unsigned>(params.num_kv_heads), batch);
-  return ptx::launch(attention_grad_kv_kernel<T, kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes, params.stream,
-                     params);
+  return ptx::launch(attention_grad_kv_kernel<T, kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes,
+                     params.stream, params);
 }
 
 }  // namespace selfforcing::attention_cuda

@@ -1,8 +1,8 @@
 // Tiles for the attention kernels: who finds which rows, how rows reach shared memory, and the two products.
 //
 // A thread block is 16 x 16 threads. Thread (y, x) owns the rows y + 16 i of a tile; of a tile of scores the columns
-// x + 16 j; of an accumulator as wide as the head the columns 4 x + 64 c to 4 x + 64 c + 3. A row's sixteen threads are half
-// a warp, so sums along a row are shuffles and a row's weights need no block barrier.
+// x + 16 j; of an accumulator as wide as the head the columns 4 x + 64 c to 4 x + 64 c + 3. A row's sixteen threads are
+// half a warp, so sums along a row are shuffles and a row's weights need no block barrier.
 //
 // Tiles hold float32 whatever the tensor holds: one code path, one accuracy.
 #pragma once
@@ -19,11 +19,13 @@ using ptx::kWarpSize;
 constexpr int kRowThreads = 16;  // threads that share a row
 constexpr int kThreads = kRowThreads * kRowThreads;
 
-// Blocks that shall fit on a multiprocessor, for __launch_bounds__. Left to itself the compiler aims at three and spills.
+// Blocks that shall fit on a multiprocessor, for __launch_bounds__. Left to itself the compiler aims at three and
+// spills.
 constexpr int kOneBlock = 1, kTwoBlocks = 2;
 
 constexpr int kWide = 4;  // accumulator columns that a thread holds side by side: one float4
-constexpr int kPad = 4;   // floats added to a row of shared memory, so that eight rows lie in eight different groups of banks
+constexpr int kPad =
+    4;  // floats added to a row of shared memory, so that eight rows lie in eight different groups of banks
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -54,11 +56,12 @@ struct RowTile {
 
 // Tiles that blocks of unknown borders can need: every block may end in one that is not full.
 inline unsigned max_row_tiles(int32_t num_rows, const SpanTable& table, int32_t rows_per_tile) {
-  return static_cast<unsigned>((num_rows + static_cast<int64_t>(table.num_blocks) * (rows_per_tile - 1)) / rows_per_tile);
+  return static_cast<unsigned>((num_rows + static_cast<int64_t>(table.num_blocks) * (rows_per_tile - 1)) /
+                               rows_per_tile);
 }
 
-// The tile-th tile, found by every warp on its own: 32 blocks at a time, a running sum of their tiles. `count` is 0 when
-// there are fewer tiles.
+// The tile-th tile, found by every warp on its own: 32 blocks at a time, a running sum of their tiles. `count` is 0
+// when there are fewer tiles.
 template <int kRows>
 __device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32_t tile) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -159,7 +162,8 @@ struct Rows {
 
 template <typename T>
 __device__ __forceinline__ bool rows_aligned(const void* data, int64_t stride) {
-  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * static_cast<int64_t>(sizeof(T)))) % 16 == 0;
+  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * static_cast<int64_t>(sizeof(T)))) % 16 ==
+         0;
 }
 
 template <typename T, typename Pointer>

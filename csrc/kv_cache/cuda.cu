@@ -11,13 +11,13 @@ constexpr int kThreads = 256;
 struct Side {
   const void* tokens;
   void* pages;
-  int64_t batch_stride, token_stride, head_stride;                  // of tokens, in units of copy
+  int64_t batch_stride, token_stride, head_stride;           // of tokens, in units of copy
   int64_t page_stride, page_token_stride, page_head_stride;  // of pages, in units of copy
 };
 
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) kv_cache_write_kernel(const KVCacheWriteParams params, const Side k,
-                                                                  const Side v, int32_t units_per_row) {
+__global__ void __launch_bounds__(kThreads)
+    kv_cache_write_kernel(const KVCacheWriteParams params, const Side k, const Side v, int32_t units_per_row) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t units_per_token = static_cast<int64_t>(params.num_kv_heads) * units_per_row;
   if (index >= params.num_tokens * units_per_token) return;
@@ -53,9 +53,10 @@ Side side_of(const KVCacheWriteParams& p, bool values) {
 // Whether every address that the side reaches is a multiple of `bytes`.
 bool is_aligned(const Side& side, int64_t element_size, int64_t bytes) {
   const auto misfit = [&](int64_t stride) { return stride * element_size % bytes != 0; };
-  return reinterpret_cast<uintptr_t>(side.tokens) % bytes == 0 && reinterpret_cast<uintptr_t>(side.pages) % bytes == 0 &&
-         !misfit(side.batch_stride) && !misfit(side.token_stride) && !misfit(side.head_stride) &&
-         !misfit(side.page_stride) && !misfit(side.page_token_stride) && !misfit(side.page_head_stride);
+  return reinterpret_cast<uintptr_t>(side.tokens) % bytes == 0 &&
+         reinterpret_cast<uintptr_t>(side.pages) % bytes == 0 && !misfit(side.batch_stride) &&
+         !misfit(side.token_stride) && !misfit(side.head_stride) && !misfit(side.page_stride) &&
+         !misfit(side.page_token_stride) && !misfit(side.page_head_stride);
 }
 
 Side in_units(Side side, int64_t elements_per_unit) {

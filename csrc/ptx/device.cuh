@@ -1,5 +1,5 @@
-// The CUDA that kernels are written in, for two compilers: nvcc, and g++ with the emulation in tests/cuda_emulation, which
-// runs the same kernel sources on the CPU. Kernel files include this instead of the CUDA headers.
+// The CUDA that kernels are written in, for two compilers: nvcc, and g++ with the emulation in tests/cuda_emulation,
+// which runs the same kernel sources on the CPU. Kernel files include this instead of the CUDA headers.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,16 +11,14 @@
 
 // Declares `name`, the block's dynamic shared memory.
 #define SELFFORCING_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-
-namespace selfforcing::ptx {
-using bfloat16 = __nv_bfloat16;
-using float16 = __half;
-}  // namespace selfforcing::ptx
 #else
 #include "emulation.h"
 #endif
 
 namespace selfforcing::ptx {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -35,11 +33,17 @@ __device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16(x); }
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
 template <>
-__device__ __forceinline__ float16 from_float<float16>(float x) { return __float2half(x); }
+__device__ __forceinline__ float16 from_float<float16>(float x) {
+  return __float2half(x);
+}
 
 // Sum over the warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float x) {

@@ -16,9 +16,9 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shar
 #ifdef __CUDACC__
   constexpr size_t kWithoutAsking = 48 * 1024;  // CUDA C++ Programming Guide, "Shared Memory", compute capability 8.x
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return static_cast<int32_t>(error);
   }
   cudaLaunchConfig_t config{};

@@ -1,0 +1,533 @@
+// Attention problems for the tests of every kernel: cases (head dims, lengths, spans, pages, empty rows), the
+// definition as a double loop in float64, and the comparison. Memory that a kernel must not read holds NaN, memory that
+// it must not write is looked at afterwards.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../attention/params.h"
+
+namespace selfforcing::attention_test {
+
+// The kernels under test: bytes of workspace, then the pass.
+struct Kernels {
+  int64_t (*forward_workspace_bytes)(const AttentionParams&);
+  void (*forward)(const AttentionParams&);
+  int64_t (*backward_workspace_bytes)(const AttentionBackwardParams&);
+  void (*backward)(const AttentionBackwardParams&);
+};
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+using Intervals = std::vector<std::pair<int32_t, int32_t>>;
+
+// ---- Elements
+
+inline float to_float(DType dtype, const void* data, int64_t index) {
+  if (dtype == DType::float32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  if (dtype == DType::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) return fraction ? kNaN : sign * kInfinity;
+  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
+}
+
+// Values whose 7 leading fraction bits say everything are exact in all three dtypes.
+inline void from_float(DType dtype, void* data, int64_t index, float value) {
+  if (dtype == DType::float32) {
+    static_cast<float*>(data)[index] = value;
+    return;
+  }
+  uint16_t& bits = static_cast<uint16_t*>(data)[index];
+  if (std::isnan(value)) {
+    bits = dtype == DType::bfloat16 ? 0x7fc0 : 0x7e00;
+  } else if (dtype == DType::bfloat16) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    bits = static_cast<uint16_t>(wide >> 16);
+  } else if (std::fabs(value) < 0x1p-14f) {
+    bits = value < 0 ? 0x8000 : 0;
+  } else {
+    int exponent;
+    const double fraction = std::frexp(std::fabs(value), &exponent);  // in [0.5, 1)
+    bits = static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) |
+                                 (static_cast<int>(fraction * 2048) & 1023));
+  }
+}
+
+inline int element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// A [batch, tokens, heads, dim] tensor with gaps between its rows, tokens and batches; the gaps hold NaN.
+struct TestTensor {
+  DType dtype;
+  int batch, tokens, heads, dim;
+  int64_t head_stride, token_stride, batch_stride;
+  std::vector<char> bytes;
+
+  TestTensor(DType dtype, int batch, int tokens, int heads, int dim, bool gaps)
+      : dtype(dtype),
+        batch(batch),
+        tokens(tokens),
+        heads(heads),
+        dim(dim),
+        head_stride(dim + (gaps ? 3 : 0)),
+        token_stride(heads * head_stride + (gaps ? 5 : 0)),
+        batch_stride(tokens * token_stride + (gaps ? 7 : 0)),
+        bytes((batch * batch_stride) * element_size(dtype)) {
+    for (int64_t i = 0; i < batch * batch_stride; ++i) from_float(dtype, bytes.data(), i, kNaN);
+  }
+  int64_t index(int b, int token, int head, int d) const {
+    return b * batch_stride + token * token_stride + head * head_stride + d;
+  }
+  float at(int b, int token, int head, int d) const { return to_float(dtype, bytes.data(), index(b, token, head, d)); }
+  void fill(std::mt19937& random, float size) {
+    std::normal_distribution<float> normal(0, size);
+    for (int b = 0; b < batch; ++b)
+      for (int t = 0; t < tokens; ++t)
+        for (int h = 0; h < heads; ++h)
+          for (int d = 0; d < dim; ++d) set(b, t, h, d, normal(random));
+  }
+  void fill_token(int b, int token, float value) {
+    for (int h = 0; h < heads; ++h)
+      for (int d = 0; d < dim; ++d) set(b, token, h, d, value);
+  }
+  void set(int b, int t, int h, int d, float value) {
+    if (!std::isnan(value) && dtype != DType::float32) {
+      uint32_t wide;
+      std::memcpy(&wide, &value, sizeof(wide));
+      wide &= 0xffff0000u;
+      std::memcpy(&value, &wide, sizeof(wide));
+    }
+    from_float(dtype, bytes.data(), index(b, t, h, d), value);
+  }
+  ConstHeads heads_in() const { return {bytes.data(), batch_stride, token_stride, head_stride}; }
+  MutableHeads heads_out() { return {bytes.data(), batch_stride, token_stride, head_stride}; }
+  bool gaps_untouched() const {
+    std::vector<bool> inside(batch * batch_stride);
+    for (int b = 0; b < batch; ++b)
+      for (int t = 0; t < tokens; ++t)
+        for (int h = 0; h < heads; ++h)
+          for (int d = 0; d < dim; ++d) inside[index(b, t, h, d)] = true;
+    for (int64_t i = 0; i < batch * batch_stride; ++i)
+      if (!inside[i] && !std::isnan(to_float(dtype, bytes.data(), i))) return false;
+    return true;
+  }
+};
+
+// ---- Cases
+
+struct Case {
+  const char* name;
+  int batch, heads, kv_heads, dim;
+  std::vector<int32_t> block_starts;  // the last one is the number of queries
+  std::vector<Intervals> spans;       // of each block
+  int num_keys;
+  int page_size = 0;                 // 0: no past
+  std::vector<Intervals> past = {};  // of each stream, all of one length (empty intervals fill up)
+  bool gaps = true;
+  bool grad_lse = true;
+  float scale = 0;  // 0: 1 / sqrt(dim)
+
+  int num_queries() const { return block_starts.back(); }
+  double softmax_scale() const { return scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(dim)); }
+};
+
+inline Case block_causal(const char* name, int batch, int heads, int dim, int blocks, int block_length) {
+  Case c{name, batch, heads, heads, dim, {0}, {}, blocks * block_length};
+  for (int i = 0; i < blocks; ++i) {
+    c.block_starts.push_back((i + 1) * block_length);
+    c.spans.push_back({{0, (i + 1) * block_length}});
+  }
+  return c;
+}
+
+inline std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (int dim : {8, 16, 24, 32, 40, 64, 72, 96, 128, 200, 256})
+    all.push_back({"dims", 2, 2, 1, dim, {0, 37}, {{{0, 53}}}, 53});
+  for (int length : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 80, 112})
+    all.push_back({"lengths", 1, 1, 1, 32, {0, length}, {{{0, length + 1}}}, length + 1});
+  all.push_back(block_causal("block causal", 2, 3, 32, 4, 48));
+  all.push_back(block_causal("blocks beside tiles", 1, 2, 64, 5, 29));
+  all.push_back(block_causal("one query a block", 1, 1, 32, 9, 1));
+  all.push_back(block_causal("long block causal", 1, 1, 64, 3, 450));
+  all.push_back({"window and sink",
+                 2,
+                 4,
+                 2,
+                 40,
+                 {0, 20, 40, 60, 80},
+                 {{{0, 20}}, {{0, 40}}, {{0, 10}, {30, 60}}, {{0, 10}, {50, 80}}},
+                 80});
+  all.push_back({"teacher forcing",
+                 1,
+                 2,
+                 2,
+                 32,
+                 {0, 24, 48, 72, 96},
+                 {{{0, 24}}, {{0, 48}}, {{48, 72}}, {{0, 24}, {72, 96}}},
+                 96});
+  all.push_back({"unseen keys and empty rows", 2, 2, 2, 24, {0, 5, 21, 30}, {{{3, 9}, {11, 12}}, {}, {{40, 51}}}, 70});
+  all.push_back({"many keys", 1, 1, 1, 128, {0, 20}, {{{5, 700}}}, 701});
+  all.push_back({"many queries", 1, 4, 2, 32, {0, 1100}, {{{0, 40}}}, 40});
+  all.push_back({"past", 2, 4, 2, 32, {0, 48}, {{{0, 48}}}, 48, 16, {{{0, 16}, {32, 80}}, {{5, 41}, {48, 49}}}});
+  all.push_back(
+      {"past of one stream only", 2, 1, 1, 72, {0, 30}, {{{0, 30}}}, 30, 7, {{{0, 0}, {9, 30}}, {{0, 0}, {0, 0}}}});
+  all.push_back({"past alone", 2, 2, 1, 16, {0, 9, 20}, {{}, {{2, 4}}}, 6, 4, {{{3, 10}}, {{0, 0}}}});
+  all.push_back({"long past", 1, 2, 2, 64, {0, 70}, {{{0, 70}}}, 70, 50, {{{0, 60}, {333, 811}}}});
+  all.push_back({"no queries", 2, 2, 2, 32, {0}, {}, 12});
+  all.push_back({"no keys", 2, 2, 2, 32, {0, 12}, {{}}, 0});
+  all.push_back({"no batch", 0, 2, 2, 32, {0, 12}, {{{0, 12}}}, 12});
+  all.push_back({"without grad_lse", 1, 2, 2, 64, {0, 33}, {{{0, 65}}}, 65, 0, {}, false, false});
+  all.push_back({"sharp softmax", 1, 1, 1, 64, {0, 40}, {{{0, 300}}}, 300, 0, {}, true, true, 3.0f});
+  all.push_back({"negative scale", 1, 1, 1, 64, {0, 40}, {{{0, 60}}}, 60, 0, {}, true, true, -1.5f});
+  return all;
+}
+
+// ---- The definition
+
+struct Problem {
+  Case c;
+  DType dtype;
+  TestTensor q, k, v, grad_out, k_pages, v_pages;
+  std::vector<float> grad_lse;
+  std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table, past_spans;
+  int pages_per_stream = 0;
+
+  Problem(const Case& c, DType dtype, unsigned seed)
+      : c(c),
+        dtype(dtype),
+        q(dtype, c.batch, c.num_queries(), c.heads, c.dim, c.gaps),
+        k(dtype, c.batch, c.num_keys, c.kv_heads, c.dim, c.gaps),
+        v(k),
+        grad_out(q),
+        k_pages(dtype, 0, 0, 0, 0, false),
+        v_pages(k_pages) {
+    std::mt19937 random(seed);
+    for (TestTensor* tensor : {&q, &k, &v, &grad_out}) tensor->fill(random, 1);
+    std::normal_distribution<float> normal;
+    grad_lse.resize(static_cast<size_t>(c.batch) * c.heads * c.num_queries());
+    for (float& value : grad_lse) value = normal(random);
+    for (const Intervals& list : c.spans) {
+      for (auto [start, end] : list) spans.insert(spans.end(), {start, end});
+      span_offsets.push_back(spans.size() / 2);
+    }
+    transpose_spans();
+    std::vector<bool> seen(c.num_keys);
+    for (const Intervals& list : c.spans)
+      for (auto [start, end] : list)
+        for (int key = start; key < end; ++key) seen[key] = true;
+    for (int key = 0; key < c.num_keys; ++key)
+      if (!seen[key])
+        for (int b = 0; b < c.batch; ++b) k.fill_token(b, key, kNaN), v.fill_token(b, key, kNaN);
+    if (c.page_size > 0) make_pages(random);
+  }
+
+  void transpose_spans() {
+    for (int key = 0; key < c.num_keys; ++key) {
+      bool border = key == 0;
+      for (const Intervals& list : c.spans)
+        for (auto [start, end] : list) border = border || key == start || key == end;
+      if (border) key_starts.push_back(key);
+    }
+    key_starts.push_back(c.num_keys);
+    for (size_t run = 0; run + 1 < key_starts.size(); ++run) {
+      for (size_t block = 0; block < c.spans.size(); ++block)
+        for (auto [start, end] : c.spans[block])
+          if (start <= key_starts[run] && key_starts[run] < end) {
+            const bool touches = static_cast<int>(query_spans.size()) > 2 * query_span_offsets.back() &&
+                                 query_spans.back() == c.block_starts[block];
+            if (touches)
+              query_spans.back() = c.block_starts[block + 1];
+            else
+              query_spans.insert(query_spans.end(), {c.block_starts[block], c.block_starts[block + 1]});
+          }
+      query_span_offsets.push_back(query_spans.size() / 2);
+    }
+  }
+
+  void make_pages(std::mt19937& random) {
+    int positions = 0;
+    for (const Intervals& list : c.past)
+      for (auto [start, end] : list) positions = std::max(positions, end);
+    pages_per_stream = (positions + c.page_size - 1) / c.page_size;
+    const int pages = c.batch * pages_per_stream + 2;
+    k_pages = TestTensor(dtype, pages, c.page_size, c.kv_heads, c.dim, c.gaps);
+    v_pages = k_pages;
+    std::vector<int32_t> order(pages);
+    for (int i = 0; i < pages; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random);
+    page_table.assign(order.begin(), order.begin() + c.batch * pages_per_stream);
+    TestTensor k_values = k_pages, v_values = v_pages;
+    k_values.fill(random, 1), v_values.fill(random, 1);
+    for (int b = 0; b < c.batch; ++b)
+      for (auto [start, end] : c.past[b]) {
+        past_spans.insert(past_spans.end(), {start, end});
+        for (int position = start; position < end; ++position)
+          for (int h = 0; h < c.kv_heads; ++h)
+            for (int d = 0; d < c.dim; ++d) {
+              const int page = page_table[b * pages_per_stream + position / c.page_size], slot = position % c.page_size;
+              k_pages.set(page, slot, h, d, k_values.at(page, slot, h, d));
+              v_pages.set(page, slot, h, d, v_values.at(page, slot, h, d));
+            }
+      }
+  }
+
+  // Visible keys of a query: (is past, position or key), in order.
+  std::vector<std::pair<bool, int>> visible(int b, int query) const {
+    std::vector<std::pair<bool, int>> keys;
+    if (c.page_size > 0)
+      for (auto [start, end] : c.past[b])
+        for (int position = start; position < end; ++position) keys.emplace_back(true, position);
+    for (size_t block = 0; block < c.spans.size(); ++block)
+      if (c.block_starts[block] <= query && query < c.block_starts[block + 1])
+        for (auto [start, end] : c.spans[block])
+          for (int key = start; key < end; ++key) keys.emplace_back(false, key);
+    return keys;
+  }
+  double key_at(const TestTensor& own, const TestTensor& pages, int b, std::pair<bool, int> key, int h, int d) const {
+    if (!key.first) return own.at(b, key.second, h, d);
+    return pages.at(page_table[b * pages_per_stream + key.second / c.page_size], key.second % c.page_size, h, d);
+  }
+};
+
+// Gradients of scores are differences p (dp - delta); their rounding error is in proportion to p (|dp| + |delta|), not
+// to what is left, so gradients come with the size of their terms.
+struct Values {
+  std::vector<double> exact, size;
+  explicit Values(size_t count) : exact(count), size(count) {}
+  void add(size_t index, double term, double size_of_term) {
+    exact[index] += term;
+    size[index] += std::fabs(size_of_term);
+  }
+};
+
+struct Exact {
+  Values out, grad_q, grad_k, grad_v;
+  std::vector<double> lse;
+};
+
+inline Exact define(const Problem& p) {
+  const Case& c = p.c;
+  const int dim = c.dim, group = c.heads / c.kv_heads;
+  const double scale = c.softmax_scale();
+  const size_t q_size = static_cast<size_t>(c.batch) * c.num_queries() * c.heads * dim;
+  const size_t k_size = static_cast<size_t>(c.batch) * c.num_keys * c.kv_heads * dim;
+  Exact exact{Values(q_size), Values(q_size), Values(k_size), Values(k_size), {}};
+  exact.lse.assign(static_cast<size_t>(c.batch) * c.heads * c.num_queries(), -kInfinity);
+  for (int b = 0; b < c.batch; ++b)
+    for (int h = 0; h < c.heads; ++h)
+      for (int query = 0; query < c.num_queries(); ++query) {
+        const auto keys = p.visible(b, query);
+        if (keys.empty()) continue;
+        std::vector<double> score(keys.size()), grad(keys.size());
+        double largest = -kInfinity, sum = 0, delta = 0;
+        for (size_t i = 0; i < keys.size(); ++i) {
+          for (int d = 0; d < dim; ++d)
+            score[i] += scale * p.q.at(b, query, h, d) * p.key_at(p.k, p.k_pages, b, keys[i], h / group, d);
+          largest = std::max(largest, score[i]);
+        }
+        for (double s : score) sum += std::exp(s - largest);
+        const size_t row = (static_cast<size_t>(b) * c.heads + h) * c.num_queries() + query;
+        exact.lse[row] = largest + std::log(sum);
+        const size_t q_row = ((static_cast<size_t>(b) * c.num_queries() + query) * c.heads + h) * dim;
+        for (size_t i = 0; i < keys.size(); ++i) {
+          score[i] = std::exp(score[i] - exact.lse[row]);
+          for (int d = 0; d < dim; ++d) {
+            const double value = p.key_at(p.v, p.v_pages, b, keys[i], h / group, d);
+            exact.out.add(q_row + d, score[i] * value, score[i] * value);
+            grad[i] += p.grad_out.at(b, query, h, d) * value;
+          }
+          delta += score[i] * grad[i];
+        }
+        if (c.grad_lse) delta -= p.grad_lse[row];
+        for (size_t i = 0; i < keys.size(); ++i) {
+          const double grad_score = scale * score[i] * (grad[i] - delta);
+          const double size = scale * score[i] * (std::fabs(grad[i]) + std::fabs(delta));
+          for (int d = 0; d < dim; ++d) {
+            const double key = p.key_at(p.k, p.k_pages, b, keys[i], h / group, d);
+            exact.grad_q.add(q_row + d, grad_score * key, size * key);
+          }
+          if (keys[i].first) continue;
+          const size_t k_row = ((static_cast<size_t>(b) * c.num_keys + keys[i].second) * c.kv_heads + h / group) * dim;
+          for (int d = 0; d < dim; ++d) {
+            const double q = p.q.at(b, query, h, d), probability_grad = score[i] * p.grad_out.at(b, query, h, d);
+            exact.grad_k.add(k_row + d, grad_score * q, size * q);
+            exact.grad_v.add(k_row + d, probability_grad, probability_grad);
+          }
+        }
+      }
+  return exact;
+}
+
+// ---- The kernels
+
+inline void run_on_threads(int32_t num_workers, void (*body)(void*, int32_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int32_t worker = 1; worker < num_workers; ++worker) threads.emplace_back(body, context, worker);
+  body(context, 0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Exactly as many bytes as asked for, filled with NaN, with a border that must survive.
+struct Workspace {
+  static constexpr size_t kBorder = 64;
+  std::vector<char> bytes;
+  char* start;
+  size_t size;
+  explicit Workspace(size_t size) : bytes(size + 64 + kBorder, '\xff'), size(size) {
+    start = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+  bool border_intact() const {
+    for (size_t i = 0; i < kBorder; ++i)
+      if (start[size + i] != '\xff') return false;
+    return true;
+  }
+};
+
+struct Results {
+  TestTensor out, grad_q, grad_k, grad_v;
+  std::vector<float> lse;
+  bool borders_intact = true;
+
+  bool operator==(const Results& other) const {
+    return out.bytes == other.out.bytes && grad_q.bytes == other.grad_q.bytes && grad_k.bytes == other.grad_k.bytes &&
+           grad_v.bytes == other.grad_v.bytes &&
+           (lse.empty() || std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(float)) == 0);
+  }
+};
+
+inline Results compute(const Problem& p, const Kernels& kernels, int num_threads) {
+  const Case& c = p.c;
+  auto like = [&](const TestTensor& t) { return TestTensor(p.dtype, t.batch, t.tokens, t.heads, t.dim, c.gaps); };
+  Results r{like(p.q), like(p.q), like(p.k), like(p.k), std::vector<float>(p.grad_lse.size(), kNaN)};
+  AttentionBackwardParams a;
+  a.dtype = p.dtype;
+  a.batch = c.batch, a.num_heads = c.heads, a.num_kv_heads = c.kv_heads, a.head_dim = c.dim;
+  a.num_queries = c.num_queries(), a.num_keys = c.num_keys;
+  a.softmax_scale = static_cast<float>(c.softmax_scale());
+  a.q = p.q.heads_in(), a.k = p.k.heads_in(), a.v = p.v.heads_in();
+  a.out = r.out.heads_out();
+  a.lse = r.lse.data();
+  a.spans = {static_cast<int32_t>(c.spans.size()), c.block_starts.data(), p.span_offsets.data(), p.spans.data()};
+  if (c.page_size > 0) {
+    a.past.k_pages = p.k_pages.bytes.data(), a.past.v_pages = p.v_pages.bytes.data();
+    a.past.k_page_stride = a.past.v_page_stride = p.k_pages.batch_stride;
+    a.past.k_token_stride = a.past.v_token_stride = p.k_pages.token_stride;
+    a.past.k_head_stride = a.past.v_head_stride = p.k_pages.head_stride;
+    a.past.page_size = c.page_size;
+    a.past.page_table = p.page_table.data();
+    a.past.table_stride = p.pages_per_stream;
+    a.past.spans = p.past_spans.data();
+    a.past.num_spans = c.past.empty() ? 0 : c.past[0].size();
+  }
+  a.parallel = {num_threads, run_on_threads};
+  Workspace forward_space(kernels.forward_workspace_bytes(a));
+  a.workspace = forward_space.start;
+  kernels.forward(a);
+
+  a.query_spans = {static_cast<int32_t>(p.key_starts.size()) - 1, p.key_starts.data(), p.query_span_offsets.data(),
+                   p.query_spans.data()};
+  a.grad_out = p.grad_out.heads_in();
+  a.grad_lse = c.grad_lse ? p.grad_lse.data() : nullptr;
+  std::vector<float> delta(p.grad_lse.size(), kNaN);
+  a.delta = delta.data();
+  a.grad_q = r.grad_q.heads_out(), a.grad_k = r.grad_k.heads_out(), a.grad_v = r.grad_v.heads_out();
+  Workspace backward_space(kernels.backward_workspace_bytes(a));
+  a.workspace = backward_space.start;
+  kernels.backward(a);
+  r.borders_intact = forward_space.border_intact() && backward_space.border_intact();
+  return r;
+}
+
+// ---- Comparison
+
+inline int failures = 0;
+
+inline void fail(const Problem& p, const std::string& what) {
+  ++failures;
+  const char* dtypes[] = {"float32", "bfloat16", "float16"};
+  std::printf("FAILED  %s, %s, B %d H %d/%d Lq %d Lk %d D %d: %s\n", p.c.name, dtypes[static_cast<int>(p.dtype)],
+              p.c.batch, p.c.heads, p.c.kv_heads, p.c.num_queries(), p.c.num_keys, p.c.dim, what.c_str());
+}
+
+inline double worst_seen[3][5];
+
+// ||actual - exact|| / ||size of the summed terms||; infinity for NaN and for what must be zero and is not.
+inline void compare(const Problem& p, int which, const char* name, const TestTensor& actual, const Values& values,
+                    double tolerance) {
+  double error = 0, size = 0;
+  size_t i = 0;
+  for (int b = 0; b < actual.batch; ++b)
+    for (int t = 0; t < actual.tokens; ++t)
+      for (int h = 0; h < actual.heads; ++h)
+        for (int d = 0; d < actual.dim; ++d, ++i) {
+          const double value = actual.at(b, t, h, d), difference = value - values.exact[i];
+          if (!std::isfinite(value) || (values.size[i] == 0 && value != 0)) error = kInfinity;
+          error += difference * difference;
+          size += values.size[i] * values.size[i];
+        }
+  const double relative = size > 0 ? std::sqrt(error / size) : std::sqrt(error);
+  worst_seen[static_cast<int>(p.dtype)][which] = std::max(worst_seen[static_cast<int>(p.dtype)][which], relative);
+  if (!(relative <= tolerance)) fail(p, std::string(name) + " is off by " + std::to_string(relative));
+  if (!actual.gaps_untouched()) fail(p, std::string(name) + ": written beside the tensor");
+}
+
+// Compares with the definition, and with itself: on one thread, again, and on each of `thread_counts` threads.
+inline void check(const Problem& p, const Kernels& kernels, const std::vector<int>& thread_counts) {
+  // Half a unit in the last place of the dtype, random in sign, is 0.29 units of 2^-24, 2^-8, 2^-11; the rest is what
+  // probabilities and gradients of scores lose when they are rounded to the dtype on their way into a product.
+  constexpr double kOut[] = {1.5e-6, 3.5e-3, 4e-4}, kGrad[] = {4e-6, 8e-3, 1.5e-3}, kLse[] = {2e-6, 4e-6, 2e-6};
+  const int dtype = static_cast<int>(p.dtype);
+  const Exact exact = define(p);
+  const Results one = compute(p, kernels, 1);
+  compare(p, 0, "out", one.out, exact.out, kOut[dtype]);
+  compare(p, 1, "grad_q", one.grad_q, exact.grad_q, kGrad[dtype]);
+  compare(p, 2, "grad_k", one.grad_k, exact.grad_k, kGrad[dtype]);
+  compare(p, 3, "grad_v", one.grad_v, exact.grad_v, kGrad[dtype]);
+  for (size_t i = 0; i < exact.lse.size(); ++i) {
+    const double off =
+        exact.lse[i] == one.lse[i] ? 0 : std::fabs(one.lse[i] - exact.lse[i]) / (1 + std::fabs(exact.lse[i]));
+    worst_seen[dtype][4] = std::max(worst_seen[dtype][4], off);
+    if (!(off <= kLse[dtype])) {
+      fail(p,
+           "lse[" + std::to_string(i) + "] is " + std::to_string(one.lse[i]) + ", not " + std::to_string(exact.lse[i]));
+      break;
+    }
+  }
+  if (!one.borders_intact) fail(p, "written beside the workspace");
+  if (!(compute(p, kernels, 1) == one)) fail(p, "a repeat differs");
+  for (int num_threads : thread_counts)
+    if (!(compute(p, kernels, num_threads) == one)) fail(p, std::to_string(num_threads) + " threads differ from one");
+}
+
+// What was seen over all checks; whether all passed.
+inline bool report(int count) {
+  const char* dtypes[] = {"float32", "bfloat16", "float16"};
+  std::printf("%-10s %10s %10s %10s %10s %10s   worst error against float64\n", "", "out", "grad_q", "grad_k", "grad_v",
+              "lse");
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    std::printf("%-10s", dtypes[dtype]);
+    for (double worst : worst_seen[dtype]) std::printf(" %10.2e", worst);
+    std::printf("\n");
+  }
+  std::printf("%d problems, %d failures\n", count, failures);
+  return failures == 0;
+}
+
+}  // namespace selfforcing::attention_test
