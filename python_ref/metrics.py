@@ -46,8 +46,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= first_step] if first_step else []
-        self._file = open(self.path, "w", encoding="utf-8", buffering=1)
-        self._file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -56,13 +55,13 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` optimizer steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -71,13 +70,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The entries of a metrics.jsonl; a last line cut short by a kill is dropped."""
     if not path.is_file():
         return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
 
 
 class ProgressLine:

@@ -9,7 +9,7 @@ import numpy as np
 from python_ref.measures.report import Measures
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+import matplotlib.pyplot as plt
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:

@@ -21,16 +21,21 @@ from python_ref.models.text import Vocabulary
 
 def test_shapes_range_and_types():
     batch = MovingDigits(MovingDigitsConfig(num_digits=2, num_frames=7)).batch(3, 5)
-    assert batch.video.shape == (5, 7, 1, 24, 24) and batch.video.dtype == torch.float32
-    assert batch.video.min() == -1 and 0.5 < batch.video.max() <= 1
-    assert batch.labels.shape == (5, 2) and batch.centres.shape == (5, 7, 2, 2) and batch.velocities.shape == (5, 2, 2)
+    assert batch.video.shape == (5, 7, 1, 24, 24)
+    assert batch.video.dtype == torch.float32
+    assert batch.video.min() == -1
+    assert 0.5 < batch.video.max() <= 1
+    assert batch.labels.shape == (5, 2)
+    assert batch.centres.shape == (5, 7, 2, 2)
+    assert batch.velocities.shape == (5, 2, 2)
     assert len(batch.captions) == 5
 
 
 def test_a_video_depends_on_seed_and_index_alone():
     digits = MovingDigits(MovingDigitsConfig())
     whole, part = digits.batch(0, 16), MovingDigits(MovingDigitsConfig()).batch(5, 3)
-    assert torch.equal(whole.video[5:8], part.video) and whole.captions[5:8] == part.captions
+    assert torch.equal(whole.video[5:8], part.video)
+    assert whole.captions[5:8] == part.captions
     other = MovingDigits(MovingDigitsConfig(seed=1)).batch(0, 16)
     assert not torch.equal(whole.video, other.video)
     longer = MovingDigits(MovingDigitsConfig(num_frames=36)).batch(0, 16)
@@ -39,8 +44,10 @@ def test_a_video_depends_on_seed_and_index_alone():
 
 def test_hash_is_uniform_and_uncorrelated():
     draws = hashed_uniform(7, np.arange(20000), 4)
-    assert draws.min() >= 0 and draws.max() < 1
-    assert np.abs(draws.mean(0) - 0.5).max() < 0.01 and np.abs(draws.var(0) - 1 / 12).max() < 0.003
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert np.abs(draws.mean(0) - 0.5).max() < 0.01
+    assert np.abs(draws.var(0) - 1 / 12).max() < 0.003
     assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.03
     assert np.abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03
     assert len(np.unique(draws)) == draws.size
@@ -61,13 +68,16 @@ def test_paths_are_straight_between_bounces_and_stay_inside():
     config = MovingDigitsConfig(num_frames=40, num_digits=2)
     batch = MovingDigits(config).batch(0, 64)
     half = (config.digit_size - 1) / 2
-    assert batch.centres.min() >= half - 1e-4 and batch.centres.max() <= config.frame_size - 1 - half + 1e-4
+    assert batch.centres.min() >= half - 1e-4
+    assert batch.centres.max() <= config.frame_size - 1 - half + 1e-4
     second = (batch.centres[:, 2:] - 2 * batch.centres[:, 1:-1] + batch.centres[:, :-2]).norm(dim=-1)
     bounced = batch.bounces[:, 1:-1] | batch.bounces[:, 2:]
-    assert second[~bounced].max() < 1e-4 and second[bounced].max() > 0.1
+    assert second[~bounced].max() < 1e-4
+    assert second[bounced].max() > 0.1
     assert not batch.bounces[:, : config.straight_frames + 1].any()
     speed = (batch.centres[:, 1] - batch.centres[:, 0]).norm(dim=-1)
-    assert speed.min() >= config.min_speed - 1e-4 and speed.max() <= config.max_speed + 1e-4
+    assert speed.min() >= config.min_speed - 1e-4
+    assert speed.max() <= config.max_speed + 1e-4
     assert torch.allclose(batch.centres[:, 1] - batch.centres[:, 0], batch.velocities, atol=1e-4)
 
 
@@ -92,7 +102,8 @@ def test_captions_tell_digit_and_direction():
 def test_splits_share_no_scan():
     train, _ = scans(12, "train")
     held_out, labels = scans(12, "held_out")
-    assert len(train) + len(held_out) == 1797 and len(held_out) > 300
+    assert len(train) + len(held_out) == 1797
+    assert len(held_out) > 300
     assert torch.bincount(labels).min() > 20
     nearest = torch.cdist(held_out.flatten(1), train.flatten(1)).min(1).values
     assert nearest.min() > 0
@@ -132,7 +143,7 @@ def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("# two prompts\na 3 moving left\n\na 5\n")
     assert read_prompts(["a 1"], file) == ["a 1", "a 3 moving left", "a 5"]
-    with pytest.raises(FileNotFoundError, match="nothing.txt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         read_prompts([], tmp_path / "nothing.txt")
     with pytest.raises(ValueError, match="no prompt"):
         read_prompts([])

@@ -1,5 +1,6 @@
 """All measures of a set of videos, by frame and in summary, and the table that shows them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,14 @@ class Measures:
     summary: dict[str, float] = field(default_factory=dict)  # identity at first and last block, and in the mean
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """Everything as JSON can hold it: a number that could not be measured becomes null."""
+        return {name: _without_nan(value) for name, value in vars(self).items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def parse_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
