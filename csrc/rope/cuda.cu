@@ -1,0 +1,313 @@
+// Rotary embedding kernels. A small kernel computes the table of cosines and sines in double; then one pass over
+// memory.
+#include <type_traits>
+
+#include "../ptx/elements.cuh"
+#include "../ptx/sums.cuh"
+#include "params.h"
+
+namespace selfforcing {
+namespace {
+
+// ---- The table: one (cosine, sine) per entry of RopeAxes, the sine negative when inverse.
+constexpr int64_t kFloatsPerEntry = 2;
+constexpr int kTableThreads = 128;
+
+__global__ void __launch_bounds__(kTableThreads) fill_table_kernel(const RopeParams params) {
+  const RopeAxes& axes = params.axes;
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
+  if (entry >= axes.table_entries()) return;
+  const int32_t axis = entry >= axes.table_offset(2) ? 2 : entry >= axes.table_offset(1) ? 1 : 0;
+  const int64_t within = entry - axes.table_offset(axis);
+  const int32_t pairs = axes.pairs[axis], pair = static_cast<int32_t>(within % pairs);
+  const int64_t position = within / pairs + (axis == 0 ? params.start_frame[0] : 0);
+  const double angle = static_cast<double>(position) * axes.frequency(axis, pair);
+  const double sine = sin(angle);
+  reinterpret_cast<float2*>(params.table)[entry] = {static_cast<float>(cos(angle)),
+                                                    static_cast<float>(params.inverse ? -sine : sine)};
+}
+
+// The rows of the table that turn one token, each moved so that it is indexed by the pair's number in the head.
+class TokenAngles {
+ public:
+  __device__ __forceinline__ TokenAngles(const RopeParams& params, int64_t token)
+      : frame_pairs_(params.axes.pairs[0]), row_pairs_end_(params.axes.pairs[0] + params.axes.pairs[1]) {
+    const RopeAxes& axes = params.axes;
+    const float2* table = reinterpret_cast<const float2*>(params.table);
+    const int32_t column = static_cast<int32_t>(token % axes.size[2]);
+    const int32_t row = static_cast<int32_t>(token / axes.size[2] % axes.size[1]);
+    const int32_t frame = static_cast<int32_t>(token / axes.size[2] / axes.size[1]);
+    frame_ = table + static_cast<int64_t>(frame) * axes.pairs[0];
+    row_ = table + axes.table_offset(1) + static_cast<int64_t>(row) * axes.pairs[1] - frame_pairs_;
+    column_ = table + axes.table_offset(2) + static_cast<int64_t>(column) * axes.pairs[2] - row_pairs_end_;
+  }
+
+  // Rotates channels [d, d + kWidth) of a head; d is even.
+  template <int kWidth>
+  __device__ __forceinline__ void rotate(float (&values)[kWidth], int32_t d) const {
+    static_assert(kWidth % 2 == 0);
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      const int32_t pair = (d + i) / 2;
+      const float2 turn = (pair < frame_pairs_ ? frame_ : pair < row_pairs_end_ ? row_ : column_)[pair];
+      const float real = values[i], imaginary = values[i + 1];
+      values[i] = real * turn.x - imaginary * turn.y;
+      values[i + 1] = real * turn.y + imaginary * turn.x;
+    }
+  }
+
+ private:
+  int32_t frame_pairs_, row_pairs_end_;
+  const float2 *frame_, *row_, *column_;
+};
+
+template <typename T, typename Pointer>
+__device__ __forceinline__ auto row(const Heads<Pointer>& x, int64_t batch, int64_t token) {
+  const int64_t offset = batch * x.batch_stride + token * x.token_stride;
+  if constexpr (std::is_const_v<std::remove_pointer_t<Pointer>>) {
+    return static_cast<const T*>(x.data) + offset;
+  } else {
+    return static_cast<T*>(x.data) + offset;
+  }
+}
+
+// ---- rope_3d: a thread takes kWidth channels of a token in kHeadsPerThread heads, which share their angles. Grid: x
+// tokens and channels, y groups of heads, z the batch.
+constexpr int kRopeThreads = 256;
+constexpr int32_t kHeadsPerThread = 4;
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kRopeThreads) rope_3d_kernel(const RopeParams params) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRopeThreads + threadIdx.x;
+  const int32_t groups = params.head_dim / kWidth;
+  const int64_t token = index / groups, batch = blockIdx.z;
+  if (token >= params.axes.num_tokens()) return;
+  const int32_t d = static_cast<int32_t>(index - token * groups) * kWidth;
+  const TokenAngles angles(params, token);
+  const T* x = row<T>(params.x, batch, token) + d;
+  T* y = row<T>(params.y, batch, token) + d;
+#pragma unroll
+  for (int32_t h = 0; h < kHeadsPerThread; ++h) {
+    const int64_t head = static_cast<int64_t>(blockIdx.y) * kHeadsPerThread + h;
+    if (head >= params.num_heads) return;
+    float values[kWidth];
+    ptx::load_elements<T>(x + head * params.x.head_stride, values);
+    angles.rotate(values, d);
+    ptx::store_elements<T>(y + head * params.y.head_stride, values);
+  }
+}
+
+// ---- qk_norm_rope: a warp takes a token.
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * ptx::kWarpSize;
+
+// The index in [B, L] of this warp's token.
+__device__ __forceinline__ int64_t warp_token() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / ptx::kWarpSize;
+}
+
+// Calls visit(c, head, d) for this lane's groups of kWidth channels: channel c of the token is channel d of the head.
+template <int kWidth, typename Visit>
+__device__ __forceinline__ void for_channels(const RopeParams& params, const Visit& visit) {
+  const int32_t channels = params.num_heads * params.head_dim;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x % ptx::kWarpSize);
+  for (int32_t c = lane * kWidth; c < channels; c += ptx::kWarpSize * kWidth) {
+    const int32_t head = c / params.head_dim;
+    visit(c, head, c - head * params.head_dim);
+  }
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRopeParams params) {
+  const int64_t index = warp_token(), tokens = params.axes.num_tokens();
+  if (index >= params.batch * tokens) return;
+  const int64_t batch = index / tokens, token = index - batch * tokens;
+  const T* x = row<T>(params.x, batch, token);
+  T* y = row<T>(params.y, batch, token);
+  float squares = 0.0f;
+  for_channels<kWidth>(params, [&](int32_t c, int32_t, int32_t) {
+    float values[kWidth];
+    ptx::load_elements<T>(x + c, values);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) squares += values[i] * values[i];
+  });
+  const float mean = ptx::warp_sum(squares) / static_cast<float>(params.num_heads * params.head_dim);
+  const float rstd = 1.0f / sqrtf(mean + params.eps);
+  if (threadIdx.x % ptx::kWarpSize == 0) params.rstd[index] = rstd;
+  const TokenAngles angles(params, token);
+  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
+    float values[kWidth], weights[kWidth];
+    ptx::load_elements<T>(x + c, values);  // from the first-level cache
+    ptx::load_elements<float>(params.weight + c, weights);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[i] *= rstd * weights[i];
+    angles.rotate(values, d);
+    ptx::store_elements<T>(y + head * params.y.head_stride + d, values);
+  });
+}
+
+// grad_x = rstd (g - normed mean(g normed)) with g = weight times grad_y rotated back, normed = x rstd.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) qk_norm_rope_grad_x_kernel(const QkNormRopeBackwardParams params) {
+  const int64_t index = warp_token(), tokens = params.axes.num_tokens();
+  if (index >= params.batch * tokens) return;
+  const int64_t batch = index / tokens, token = index - batch * tokens;
+  const int32_t channels = params.num_heads * params.head_dim;
+  const T* grad_y = row<T>(params.x, batch, token);
+  const T* x = row<T>(params.features, batch, token);
+  T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
+  const float rstd = params.rstd[index];
+  const TokenAngles angles(params, token);
+  const auto load = [&](int32_t c, int32_t head, int32_t d, float (&grads)[kWidth], float (&normed)[kWidth]) {
+    float weights[kWidth];
+    ptx::load_elements<T>(grad_y + head * params.x.head_stride + d, grads);
+    ptx::load_elements<T>(x + c, normed);
+    ptx::load_elements<float>(params.weight + c, weights);
+    angles.rotate(grads, d);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      grads[i] *= weights[i];
+      normed[i] *= rstd;
+    }
+  };
+  float dot = 0.0f;
+  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
+    float grads[kWidth], normed[kWidth];
+    load(c, head, d, grads, normed);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) dot += grads[i] * normed[i];
+  });
+  const float mean_dot = ptx::warp_sum(dot) / static_cast<float>(channels);
+  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
+    float grads[kWidth], normed[kWidth];
+    load(c, head, d, grads, normed);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) grads[i] = rstd * (grads[i] - normed[i] * mean_dot);
+    ptx::store_elements<T>(grad_x + c, grads);
+  });
+}
+
+// ---- The gradient of the weight sums over all tokens. Grid: x ranges of tokens, y groups of channels.
+constexpr int kSumThreads = ptx::kColumnLanes * ptx::kRowLanes;
+constexpr int64_t kRangeTokens = 128;  // of [B, L]
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kSumThreads)
+    qk_norm_rope_grad_weight_kernel(const QkNormRopeBackwardParams params, const ptx::RangeSums<1> out) {
+  const int32_t channels = params.num_heads * params.head_dim;
+  const int32_t c = static_cast<int32_t>(blockIdx.y * ptx::kColumnLanes + threadIdx.x) * kWidth;
+  const int32_t head = c / params.head_dim, d = c - head * params.head_dim;
+  const int64_t tokens = params.axes.num_tokens(), first = blockIdx.x * kRangeTokens;
+  const int64_t rest = params.batch * tokens - first;
+  float sums[1][kWidth];
+  ptx::sum_rows<1, kWidth>(0, static_cast<int32_t>(rest < kRangeTokens ? rest : kRangeTokens), c < channels, sums,
+                           [&](int32_t within, float (&totals)[1][kWidth]) {
+                             const int64_t index = first + within, batch = index / tokens;
+                             const int64_t token = index - batch * tokens;
+                             float grads[kWidth], values[kWidth];
+                             ptx::load_elements<T>(row<T>(params.x, batch, token) + head * params.x.head_stride + d,
+                                                   grads);
+                             ptx::load_elements<T>(row<T>(params.features, batch, token) + c, values);
+                             TokenAngles(params, token).rotate(grads, d);
+                             const float rstd = params.rstd[index];
+#pragma unroll
+                             for (int i = 0; i < kWidth; ++i) totals[0][i] += grads[i] * values[i] * rstd;
+                           });
+  if (threadIdx.y == 0 && c < channels) ptx::store_elements<float>(out.slot(0, 0, blockIdx.x) + c, sums[0]);
+}
+
+// ---- Launches
+
+template <typename T, typename Pointer>
+bool is_wide(const Heads<Pointer>& x) {
+  return ptx::wide_access<T>(x.data, x.batch_stride, x.token_stride, x.head_stride);
+}
+
+// Calls launch(element, width): the CUDA type, and the channels per access: 16 bytes where every tensor allows it, else
+// a pair.
+template <typename Launch, typename... Tensors>
+int32_t with_element_and_width(const RopeParams& params, const Launch& launch, const Tensors&... tensors) {
+  return ptx::with_element(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kWide = ptx::kVector<T>;
+    if (params.head_dim % kWide == 0 && (is_wide<T>(tensors) && ...))
+      return launch(element, std::integral_constant<int, kWide>{});
+    return launch(element, std::integral_constant<int, 2>{});
+  });
+}
+
+unsigned num_blocks(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+int32_t fill_table(const RopeParams& params) {
+  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.axes.table_entries(), kTableThreads)),
+                     dim3(kTableThreads), 0, params.stream, params);
+}
+
+dim3 token_grid(const RopeParams& params) { return dim3(num_blocks(params.batch * params.axes.num_tokens(), kWarps)); }
+
+ptx::RangeSums<1> range_sums(const QkNormRopeBackwardParams& params) {
+  const int64_t ranges = num_blocks(params.batch * params.axes.num_tokens(), kRangeTokens);
+  return {params.workspace, {params.grad_weight}, 1, ranges, static_cast<int64_t>(params.num_heads) * params.head_dim};
+}
+
+}  // namespace
+
+int64_t rope_table_floats_cuda(const RopeParams& params) { return kFloatsPerEntry * params.axes.table_entries(); }
+
+int32_t rope_3d_cuda(const RopeParams& params) {
+  const int32_t error = fill_table(params);
+  if (error != 0) return error;
+  return with_element_and_width(
+      params,
+      [&](auto element, auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        const int64_t threads = params.axes.num_tokens() * (params.head_dim / kWidth);
+        const dim3 grid(num_blocks(threads, kRopeThreads), num_blocks(params.num_heads, kHeadsPerThread),
+                        static_cast<unsigned>(params.batch));
+        return ptx::launch(rope_3d_kernel<decltype(element), kWidth>, grid, dim3(kRopeThreads), 0, params.stream,
+                           params);
+      },
+      params.x, params.y);
+}
+
+int32_t qk_norm_rope_cuda(const QkNormRopeParams& params) {
+  const int32_t error = fill_table(params);
+  if (error != 0) return error;
+  const ConstHeads weight{params.weight, 0, 0, 0};
+  return with_element_and_width(
+      params,
+      [&](auto element, auto width) {
+        return ptx::launch(qk_norm_rope_kernel<decltype(element), decltype(width)::value>, token_grid(params),
+                           dim3(kThreads), 0, params.stream, params);
+      },
+      params.x, params.y, weight);
+}
+
+int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardParams& params) {
+  return range_sums(params).floats();
+}
+
+int32_t qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& params) {
+  const int32_t table_error = fill_table(params);
+  if (table_error != 0) return table_error;
+  const ptx::RangeSums<1> sums = range_sums(params);
+  const ConstHeads weight{params.weight, 0, 0, 0};
+  const int32_t error = with_element_and_width(
+      params,
+      [&](auto element, auto width) {
+        using T = decltype(element);
+        constexpr int kWidth = decltype(width)::value;
+        const int32_t error = ptx::launch(qk_norm_rope_grad_x_kernel<T, kWidth>, token_grid(params), dim3(kThreads), 0,
+                                          params.stream, params);
+        if (error != 0) return error;
+        const dim3 grid(static_cast<unsigned>(sums.ranges), num_blocks(sums.columns, ptx::kColumnLanes * kWidth));
+        return ptx::launch(qk_norm_rope_grad_weight_kernel<T, kWidth>, grid, dim3(ptx::kColumnLanes, ptx::kRowLanes), 0,
+                           params.stream, params, sums);
+      },
+      params.x, params.features, weight);
+  return error != 0 ? error : ptx::launch_add_ranges(sums, params.stream);
+}
+
+}  // namespace selfforcing
