@@ -1,8 +1,8 @@
 """Builds the compiled part: finds torch, pybind11 and (if wanted) nvcc, then drives CMakeLists.txt with ninja.
 
-SELFFORCING_CUDA=1 builds the CUDA part, SELFFORCING_CUDA=0 leaves it out; unset: built when a CUDA torch and a toolkit of
-its major version are there. A GPU need not be present. TORCH_CUDA_ARCH_LIST names the architectures, MAX_JOBS limits the
-number of compilers at work.
+SELFFORCING_CUDA=1 builds the CUDA part, SELFFORCING_CUDA=0 leaves it out; unset: built when a CUDA torch and a toolkit
+of its major version are there. A GPU need not be present. TORCH_CUDA_ARCH_LIST names the architectures, MAX_JOBS limits
+the number of compilers at work.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
-"""Ops for autoregressive video diffusion: block-causal attention, a paged KV cache, rotary embedding, denoising steps and
-modulation, in C++ and CUDA with autograd.
+"""Ops for autoregressive video diffusion, in C++ and CUDA with autograd: block-causal attention, a paged KV cache,
+rotary embedding, denoising steps and modulation.
 
 ``selfforcing_ext.mask`` needs torch alone; every other name loads the compiled ops when it is first used.
 """

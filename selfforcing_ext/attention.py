@@ -1,7 +1,7 @@
 """Block-causal attention: every query of a block sees the same few contiguous runs of keys (spans).
 
-Source: Self-Forcing (arXiv 2506.08009), section 3; softmax attention as in arXiv 1706.03762, equation 1, computed online
-as in FlashAttention-2 (arXiv 2307.08691).
+Source: Self-Forcing (arXiv 2506.08009), section 3; softmax attention as in arXiv 1706.03762, equation 1, computed
+online as in FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def block_causal_attention(
         return_lse: also return the logarithm of the softmax denominator; gradient flows through it as well.
 
     Returns:
-        out [B, Lq, H, D], contiguous, in the dtype of q; and if asked lse, float32 [B, H, Lq], natural logarithm. A query
-        that sees no key gets 0 and -inf. Same inputs, same device and same thread count give the same bits.
+        out [B, Lq, H, D], contiguous, in the dtype of q; and if asked lse, float32 [B, H, Lq], natural logarithm. A
+        query that sees no key gets 0 and -inf. Same inputs, same device and same thread count give the same bits.
 
     Raises:
         TypeError: a dtype that is not accepted or not shared, or a mask of another type.
@@ -65,10 +65,7 @@ def block_causal_attention(
     """
     q, k, v = cast_to_autocast_dtype(q, k, v)
     check_qkv(q, k, v)
-    if mask is None:
-        table = full_table(q.shape[1], k.shape[1], q.device)
-    else:
-        table = _table_of(mask, q, k)
+    table = full_table(q.shape[1], k.shape[1], q.device) if mask is None else _table_of(mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
     return (out, lse) if return_lse else out
 

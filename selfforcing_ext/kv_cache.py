@@ -1,12 +1,12 @@
 """The keys and values of past blocks, in pages that are recycled when their frames leave the window.
 
-A pool per layer holds pages of ``page_size`` tokens. The page table (csrc/geometry/page_table.h) says which pages hold which
-frames of which stream; it lives on the host and changes twice per block, when the block's first layer writes and when the
-block is committed. Where things are reaches the kernels as small int32 tensors on the device, updated in place, so that a
-captured or compiled graph replays with new positions. Eviction changes the table and moves no keys or values.
+A pool per layer holds pages of ``page_size`` tokens. The page table (csrc/geometry/page_table.h) says which pages hold
+which frames of which stream; it lives on the host and changes twice per block, when the block's first layer writes and
+when the block is committed. Where things are reaches the kernels as small int32 tensors on the device, updated in
+place, so that a captured or compiled graph replays with new positions. Eviction moves no keys or values.
 
-Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pages as in PagedAttention (arXiv 2309.06180);
-sink frames as in StreamingLLM (arXiv 2309.17453).
+Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pages as in PagedAttention (arXiv
+2309.06180); sink frames as in StreamingLLM (arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from selfforcing_ext.mask import check_window
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
 
-# Caches by handle, for the ops that a compiled graph calls. Handles are reused, so that the graph of one rollout fits the
-# cache of the next.
+# Caches by handle, for the ops that a compiled graph calls. They take the handle as a tensor on the CPU: its value does
+# not tie a graph to one cache, and a graph with such an input is not captured as a CUDA graph (these ops run on the host).
 _caches: weakref.WeakValueDictionary[int, PagedKVCache] = weakref.WeakValueDictionary()
+_handles = itertools.count()
 
 
 class PagedKVCache:
@@ -50,11 +51,10 @@ class PagedKVCache:
         device: of the keys and values.
         grad_through_cache: not supported yet; the past is constant to autograd.
 
-    ``position`` is ``num_frames`` as an int32 tensor [1] on the device, updated in place: the start frame for rope_3d.
-
-    Autograd: gradient flows to q and to the block's own k and v, whenever backward runs: pages that a recorded ``attend``
-    has read are not recycled before its backward is done or its graph is gone (the pool grows instead). Code that runs an
-    ``attend`` again later, such as activation checkpointing, must call it on a ``view()`` taken at the block.
+    Autograd: gradient flows to q and to the block's own k and v, whenever backward runs: pages that a recorded
+    ``attend`` has read are not recycled before its backward is done or its graph is gone (the pool grows instead).
+    Code that runs an ``attend`` again later, such as activation checkpointing, must call it on a ``view()`` taken at
+    the block.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -103,8 +103,8 @@ class PagedKVCache:
         self.dtype = dtype
         self.device = torch.empty(0, device=device).device  # with its index
         self.grad_through_cache = grad_through_cache
-        self._handle = next(handle for handle in itertools.count() if handle not in _caches)
-        _caches[self._handle] = self
+        self._handle = torch.tensor([next(_handles)])
+        _caches[int(self._handle)] = self
 
         self._table = _C.PageTable(batch_size, page_size, sink_frames * frame_seqlen)
         self._num_frames = 0
@@ -124,13 +124,21 @@ class PagedKVCache:
         # Every block length has its own visible past. A window admits a few lengths; without one all see the same.
         block_lengths = 1 if window_frames is None else window_frames - sink_frames
         self._past_spans = torch.zeros(block_lengths, batch_size, 2, 2, dtype=torch.int32, device=device)
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self._position = torch.zeros(1, dtype=torch.int32, device=device)
         self._grow(batch_size * row_pages)
 
     @property
     def num_frames(self) -> int:
         """Committed frames."""
         return self._num_frames
+
+    @property
+    def position(self) -> Tensor:
+        """``num_frames`` as an int32 tensor [1] on the device: the start frame for rope_3d. Updated in place, so that
+        graphs replay with new positions; while autograd records, a copy that stays as it is."""
+        if not torch.is_grad_enabled():
+            return self._position
+        return self._snapshot()[2] if torch.compiler.is_compiling() else self._current_view().position
 
     @property
     def visible_frames(self) -> int:
@@ -170,11 +178,10 @@ class PagedKVCache:
             pages = self._k_pages[layer], self._v_pages[layer], self._page_table
             return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, self._past_spans))
         if not torch.compiler.is_compiling():
-            if self._view is None:
-                self._view = self.view()
-            return self._view.attend(layer, q, k, v, softmax_scale)
-        pages = self._saved_k_pages[layer], self._saved_v_pages[layer], ops.kv_cache_pin(self._page_table, self._handle)
-        return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, self._past_spans).clone())
+            return self._current_view().attend(layer, q, k, v, softmax_scale)
+        page_table, past_spans, _ = self._snapshot()
+        pages = self._saved_k_pages[layer], self._saved_v_pages[layer], page_table
+        return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, past_spans))
 
     @nvtx_range("kv_cache.write")
     def write(
@@ -219,15 +226,15 @@ class PagedKVCache:
             ValueError: a layer has not written, or not this number of frames. The cache is unchanged then.
         """
         if torch.compiler.is_compiling():
-            ops.kv_cache_commit(self._past_spans, self.position, self._handle, num_frames)
+            ops.kv_cache_commit(self._past_spans, self._position, self._handle, num_frames)
         else:
             self._commit(num_frames)
             self._mirror_spans(self._past_spans)
-            self.position.fill_(self._num_frames)
+            self._position.fill_(self._num_frames)
 
     def reserve(self, num_frames: int) -> None:
-        """Takes the pages for the next block, as its first write does otherwise. Only needed before a compiled graph that
-        writes to a cache without window and maximum, or whose pages autograd holds: a graph cannot grow the pool.
+        """Takes the pages for the next block, as its first write does otherwise. Only needed before a compiled graph
+        that writes to a cache without window and maximum, or whose pages autograd holds: a graph cannot grow the pool.
 
         Raises:
             ValueError: the block cannot be the next one. The cache is unchanged then.
@@ -247,10 +254,23 @@ class PagedKVCache:
         self._table.clear()
         self._num_frames = self._pending_frames = 0
         self._written.clear()
-        self.position.zero_()
+        self._position.zero_()
         self._past_spans.zero_()
 
     # ---- What a block may be, and what it sees
+
+    def _snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of page table, spans and position that stay as they are; the pages stay too while the first lives.
+        An op, because torch.compile would make plain copies a second time in backward, when all has changed."""
+        page_table, past_spans, position = ops.kv_cache_pin(
+            self._page_table, self._past_spans, self._position, self._handle
+        )
+        return page_table, past_spans, position
+
+    def _current_view(self) -> KVCacheView:
+        if self._view is None:
+            self._view = self.view()
+        return self._view
 
     def _check_block(self, layer: int, k: Tensor, v: Tensor) -> int:
         """The number of frames of a block that fits the cache."""
@@ -365,12 +385,14 @@ class PagedKVCache:
 
     def _commit(self, num_frames: int) -> None:
         missing = sorted(set(range(self.num_layers)) - self._written)
-        if missing or num_frames != self._pending_frames:
+        if missing:
             raise ValueError(
-                f"num_frames is {num_frames}, but must be {self._pending_frames}, the block that every layer has written; "
-                f"layers {missing} have not"
-                if missing
-                else f"num_frames is {num_frames}, but must be {self._pending_frames}, the frames that were written"
+                f"num_frames is {num_frames}, but layers {missing} of {self.num_layers} have not written the block: "
+                "commit takes what every layer has written"
+            )
+        if num_frames != self._pending_frames:
+            raise ValueError(
+                f"num_frames is {num_frames}, but must be {self._pending_frames}, the frames that were written"
             )
         self._view = None
         self._num_frames += num_frames
@@ -413,16 +435,14 @@ class PagedKVCache:
 class KVCacheView:
     """What a block saw of a cache when the view was taken (``PagedKVCache.view``), for reading only.
 
-    ``attend`` works as the cache's, also after the cache went on, and as often as wanted: activation checkpointing calls
-    it again in backward. ``position`` is the number of frames before the block, int32 [1].
+    ``attend`` works as the cache's, also after the cache went on, and as often as wanted: activation checkpointing
+    calls it again in backward. ``position`` is the number of frames before the block, int32 [1].
     """
 
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache = cache
         self.num_frames = cache.num_frames
-        self.position = cache.position.clone()
-        self._page_table = _pinned_clone(cache, cache._page_table)
-        self._past_spans = cache._past_spans.clone()
+        self._page_table, self._past_spans, self.position = cache._snapshot()
 
     @nvtx_range("kv_cache.attend")
     def attend(
@@ -458,21 +478,11 @@ def _attend(
     return out
 
 
-def _pinned_clone(cache: PagedKVCache, page_table: Tensor) -> Tensor:
-    """A copy of a page table that keeps its pages from being recycled as long as it exists. Autograd saves it with the
-    attend that read it, so the pages stay until that attend's backward is done or its graph is gone."""
-    pages = [page for stream in range(cache.batch_size) for page in cache._table.pages(stream)]
-    clone = page_table.clone()
-    cache._table.pin(pages)
-    weakref.finalize(clone, cache._table.unpin, pages).atexit = False
-    return clone
-
-
 @torch.library.impl("selfforcing::kv_cache_reserve", "CompositeExplicitAutograd")
 def _reserve_op(
-    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: int, layer: int, num_frames: int
+    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: Tensor, layer: int, num_frames: int
 ) -> None:
-    cache = _caches[handle]
+    cache = _caches[int(handle)]
     if cache._take_pages(num_frames, may_grow=False):
         cache._mirror_pages(page_table, write_start)
         cache._mirror_spans(past_spans)
@@ -480,16 +490,23 @@ def _reserve_op(
 
 
 @torch.library.impl("selfforcing::kv_cache_commit", "CompositeExplicitAutograd")
-def _commit_op(past_spans: Tensor, position: Tensor, handle: int, num_frames: int) -> None:
-    cache = _caches[handle]
+def _commit_op(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames: int) -> None:
+    cache = _caches[int(handle)]
     cache._commit(num_frames)
     cache._mirror_spans(past_spans)
     position.fill_(cache.num_frames)
 
 
 @torch.library.impl("selfforcing::kv_cache_pin", "CompositeExplicitAutograd")
-def _pin_op(page_table: Tensor, handle: int) -> Tensor:
-    return _pinned_clone(_caches[handle], page_table)
+def _pin_op(page_table: Tensor, past_spans: Tensor, position: Tensor, handle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Autograd saves the copied table with the attend that read it, so the pages stay until that attend's backward is
+    # done or its graph is gone.
+    cache = _caches[int(handle)]
+    pages = [page for stream in range(cache.batch_size) for page in cache._table.pages(stream)]
+    pinning_table = page_table.clone()
+    cache._table.pin(pages)
+    weakref.finalize(pinning_table, cache._table.unpin, pages).atexit = False
+    return pinning_table, past_spans.clone(), position.clone()
 
 
 @torch.library.register_fake("selfforcing::kv_cache_write")
@@ -501,16 +518,18 @@ def _write_fake(
 
 @torch.library.register_fake("selfforcing::kv_cache_reserve")
 def _reserve_fake(
-    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: int, layer: int, num_frames: int
+    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: Tensor, layer: int, num_frames: int
 ) -> None:
     """Changes nothing that a trace can see."""
 
 
 @torch.library.register_fake("selfforcing::kv_cache_commit")
-def _commit_fake(past_spans: Tensor, position: Tensor, handle: int, num_frames: int) -> None:
+def _commit_fake(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames: int) -> None:
     """Changes nothing that a trace can see."""
 
 
 @torch.library.register_fake("selfforcing::kv_cache_pin")
-def _pin_fake(page_table: Tensor, handle: int) -> Tensor:
-    return torch.empty_like(page_table)
+def _pin_fake(
+    page_table: Tensor, past_spans: Tensor, position: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(page_table), torch.empty_like(past_spans), torch.empty_like(position)

@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 def _load(name: str) -> bool:
     path = _FOLDER / f"{name}.so"
     if path.exists():
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     return path.exists()
 
 
