@@ -7,9 +7,6 @@ models have the same parameters, so that a causal model starts from a bidirectio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,173 +15,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from python_ref.backend import load_backend
+from python_ref.models.wan_layers import Attend, Grid, Head, Positions, WanBlock, WanConfig, wide
 from selfforcing_ext.mask import BlockCausalMask
 
-Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 EncodedContext = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values [B, text_len, H, D]
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """Sizes of a model; names and meaning as in Wan2.1."""
-
-    dim: int = 1536
-    num_heads: int = 12
-    num_layers: int = 30
-    ffn_dim: int = 8960
-    freq_dim: int = 256  # size of the sinusoidal timestep embedding
-    text_dim: int = 4096
-    text_len: int = 512
-    in_dim: int = 16
-    out_dim: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent (frames, rows, columns) per token
-    qk_norm: bool = True
-    cross_attn_norm: bool = True
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"num_heads is {self.num_heads}, but must divide dim = {self.dim} into heads of an even size"
-            )
-        if self.freq_dim % 2:
-            raise ValueError(f"freq_dim is {self.freq_dim}, but must be even")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    def grid(self, latents: Sequence[int]) -> Grid:
-        """Token grid of latents of shape [B, F, C, H, W]."""
-        sizes = (latents[1], latents[3], latents[4])
-        if len(latents) != 5 or any(size % patch for size, patch in zip(sizes, self.patch_size, strict=True)):
-            raise ValueError(
-                f"latents have shape {list(latents)}, but must be [B, F, C, H, W] with F, H and W multiples of "
-                f"patch_size = {self.patch_size}"
-            )
-        frames, rows, columns = (size // patch for size, patch in zip(sizes, self.patch_size, strict=True))
-        return frames, rows, columns
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over all channels (arXiv 1910.07467), computed in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(_wide(x), self.weight.shape, _wide(self.weight), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation computed in float32, in the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(
-            _wide(x), self.normalized_shape, _wide(self.weight), _wide(self.bias), self.eps
-        ).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the tokens of a call stand in the video."""
-
-    grid: Grid
-    start_frame: int | Tensor = 0  # a cache's position, int32 [1]
-    copies: int = 1  # 2 under teacher forcing: the clean and the noisy half have the same positions
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: WanConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.config, self.ops = config, ops
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (_qk_norm(config) for _ in range(2))
-
-    def forward(self, x: Tensor, positions: Positions, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, L, dim], and the keys (after rotary embedding) and values [B, L, H, D] for a cache."""
-        q = self._rotate(self.q(x), self.norm_q, positions)
-        k = self._rotate(self.k(x), self.norm_k, positions)
-        v = self.v(x).unflatten(-1, (self.config.num_heads, -1))
-        return self.o(attend(q, k, v).flatten(2)), k, v
-
-    def _rotate(self, x: Tensor, norm: nn.Module, positions: Positions) -> Tensor:
-        heads = self.config.num_heads
-        copies = x.unflatten(1, (positions.copies, -1)).flatten(0, 1)  # [B * copies, F * rows * columns, dim]
-        if isinstance(norm, RMSNorm):
-            rotated = self.ops.qk_norm_rope(
-                copies, norm.weight, heads, positions.grid, positions.start_frame, self.config.eps
-            )
-        else:
-            rotated = self.ops.rope_3d(copies.unflatten(-1, (heads, -1)), positions.grid, positions.start_frame)
-        return rotated.unflatten(0, (-1, positions.copies)).flatten(1, 2)
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: WanConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.num_heads, self.ops = config.num_heads, ops
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (_qk_norm(config) for _ in range(2))
-
-    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, text_len, H, D] each, from embedded text [B, text_len, dim]."""
-        k, v = self.norm_k(self.k(context)), self.v(context)
-        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        return self.o(self.ops.block_causal_attention(q, k, v, None).flatten(2))
-
-
-class WanBlock(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, the first and last modulated by the timestep."""
-
-    def __init__(self, config: WanConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.ops, self.eps = ops, config.eps
-        self.self_attn = SelfAttention(config, ops)
-        self.norm3 = LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = CrossAttention(config, ops)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, L, dim]
-        time: Tensor,  # [B, F, 6, dim]
-        context: tuple[Tensor, Tensor],  # [B, text_len, H, D] each
-        positions: Positions,
-        attend: Attend,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The new x, and this block's keys and values for a cache."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _wide(time + self.modulation).unbind(2)
-        normed = self.ops.modulated_layer_norm(x, shift, scale, self.eps)
-        y, k, v = self.self_attn(normed, positions, attend)
-        x = self.ops.gated_residual(x, y, gate)
-        x = x + self.cross_attn(self.norm3(x), *context)
-        normed = self.ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps)
-        return self.ops.gated_residual(x, self.ffn(normed), ffn_gate), k, v
-
-
-class Head(nn.Module):
-    def __init__(self, config: WanConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.ops, self.eps = ops, config.eps
-        patch_frames, patch_rows, patch_columns = config.patch_size
-        self.head = nn.Linear(config.dim, patch_frames * patch_rows * patch_columns * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, L, dim] and the embedded timesteps [B, F, dim] to patches [B, L, patch volume * out_dim]."""
-        shift, scale = _wide(time.unsqueeze(2) + self.modulation).unbind(2)
-        return self.head(self.ops.modulated_layer_norm(x, shift, scale, self.eps))
 
 
 class WanBackbone(nn.Module):
@@ -227,8 +61,10 @@ class WanBackbone(nn.Module):
         patch_frames, patch_rows, patch_columns = self.config.patch_size
         patches = x.reshape(batch, frames, patch_frames, -1, rows, patch_rows, columns, patch_columns)
         patches = patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
-        # The residual stream stays in float32 under autocast.
-        return _wide(functional.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias))
+        weight = self.patch_embedding.weight
+        tokens = functional.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        # Under autocast the residual stream stays in float32.
+        return wide(tokens) if torch.is_autocast_enabled(x.device.type) else tokens
 
     def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
         """Tokens [B, L, patch volume * out_dim] to latents [B, F, out_dim, H, W]."""
@@ -244,7 +80,9 @@ class WanBackbone(nn.Module):
         autocast: bfloat16 cannot tell neighbouring timesteps apart."""
         with torch.autocast(t.device.type, enabled=False):
             weight = self.time_embedding[0].weight
-            angles = t.to(torch.float64).unsqueeze(-1) * _timestep_frequencies(self.config.freq_dim, t.device)
+            half = self.config.freq_dim // 2
+            frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+            angles = t.to(torch.float64).unsqueeze(-1) * frequencies
             time = self.time_embedding(torch.cat((angles.cos(), angles.sin()), dim=-1).to(weight.dtype))
             return time, self.time_projection(time).unflatten(-1, (6, -1))
 
@@ -426,18 +264,3 @@ class CausalWanModel(WanBackbone):
     @staticmethod
     def _cached(cache: Any) -> Callable[[int], Attend]:
         return lambda layer: lambda q, k, v: cache.attend(layer, q, k, v)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _qk_norm(config: WanConfig) -> nn.Module:
-    return RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
-
-
-@lru_cache
-def _timestep_frequencies(freq_dim: int, device: torch.device) -> Tensor:  # float64 [freq_dim / 2]
-    half = freq_dim // 2
-    return 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
