@@ -17,6 +17,7 @@ from golden_files import (
 from python_ref.models.wan import CausalWanModel, WanModel
 from python_ref.objectives.diffusion import CausalDiffusion
 from python_ref.objectives.dmd import DMD
+from python_ref.pipelines.training import SelfForcingTrainingPipeline
 from python_ref.schedule import FlowMatchSchedule
 
 DMD_LOSSES = ["loss_dmd", "loss_dmd_masked_guided"]
@@ -174,3 +175,50 @@ def test_clean_noise_is_low_unless_asked_to_be_as_published():
         )
         objective.loss(tensors["clean"], tensors["context"], replay(tensors))
         assert torch.isin(drawn["clean_t"], levels).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dmd_gen", "dmd_critic"])
+def test_whole_step(name, backend):
+    """A rollout of 21 frames and the loss on it, down to the gradients of the generator or of the critic."""
+    entry, tensors = parameters(f"wide/f_e2e/{name}"), load(f"wide/f_e2e/{name}")
+    options = entry["args"]
+    schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
+    generator = wide_model(CausalWanModel, "ef_gen", backend)
+    fake = wide_model(WanModel, "ef_fake", backend)
+    objective = DMD(
+        generator,
+        wide_model(WanModel, "ef_real", backend),
+        fake,
+        schedule,
+        score_schedule=FlowMatchSchedule(SCORE_SHIFT),
+        guidance_scale=options["guidance_scale"],
+        timestep_shift=options["timestep_shift"],
+    )
+    prefixes = {"constant": "grad_detached.gen."} | ({"exit_step": "grad.gen."} if backend == "reference" else {})
+    for cache_gradient, prefix in prefixes.items():
+        source = replay(tensors)
+        _, noise, *source.draws = source.draws  # the number of blocks and the noise are drawn before the rollout
+        pipeline = SelfForcingTrainingPipeline(
+            generator,
+            schedule,
+            schedule.warp(options["denoising_step_list"]),
+            frames_per_block=options["num_frame_per_block"],
+            cache_gradient=cache_gradient,
+        )
+        rollout = pipeline.rollout(noise, tensors["cond"], source)
+        assert_near(rollout.video, tensors["generated"])
+        levels = rollout.timestep_from, rollout.timestep_to
+        for module in (generator, fake):
+            module.zero_grad()
+        if name == "dmd_gen":
+            loss, _ = objective.distribution_matching_loss(
+                rollout.video, tensors["cond"], tensors["uncond"], None, *levels, source=source
+            )
+        else:
+            loss, _ = objective.critic_loss(rollout.video, tensors["cond"], *levels, source=source)
+        loss.backward()
+        assert source.consumed == len(source.draws)
+        assert_near(loss, tensors["loss"], name="loss")
+        trained, prefix = (generator, prefix) if name == "dmd_gen" else (fake, "grad.fake.")
+        assert_gradients_near(trained, tensors, prefix)

@@ -1,0 +1,107 @@
+"""Losses: the bidirectional teacher's, and properties of the DMD gradient. Numbers are in test_golden_objectives.py."""
+
+import pytest
+import torch
+from golden_files import BACKENDS, relative_error
+
+from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
+from python_ref.noise import ReplayNoise, TorchNoise
+from python_ref.objectives.diffusion import CausalDiffusion, TeacherFlowMatching
+from python_ref.objectives.dmd import DMD
+from python_ref.schedule import FlowMatchSchedule
+
+CONFIG = WanConfig(
+    dim=16, num_heads=2, num_layers=1, ffn_dim=24, freq_dim=8, text_dim=6, text_len=3, in_dim=2, out_dim=2
+)
+SCHEDULE = FlowMatchSchedule(3.0)
+
+
+def make(kind, backend, seed=0):
+    torch.manual_seed(seed)
+    model = kind(CONFIG, backend=backend)
+    torch.nn.init.normal_(model.head.head.weight, std=0.3)
+    return model
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(2, 4, 2, 4, 4), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_loss_is_its_definition(backend, weighted):
+    model = make(WanModel, backend)
+    clean, context, _ = inputs()
+    noise, index = torch.randn_like(clean), torch.tensor([[100], [700]])
+    loss, log = TeacherFlowMatching(model, SCHEDULE, weighted).loss(clean, context, ReplayNoise([noise, index]))
+
+    t = SCHEDULE.timesteps[index]
+    noisy = SCHEDULE.add_noise(clean, noise, t)
+    flow = model(noisy, t[:, 0], context)
+    weight = SCHEDULE.training_weights[index][:, 0] if weighted else torch.ones(2)
+    expected = (weight * (flow - (noise - clean)).square().mean(dim=(1, 2, 3, 4))).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(log["x0"], SCHEDULE.flow_to_x0(flow, noisy, t).detach())
+    assert torch.equal(log["timestep"], t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_fall(backend):
+    """A few steps on one batch with the draws fixed: gradients point the right way."""
+    clean, context, _ = inputs()
+    for objective in (
+        TeacherFlowMatching(make(WanModel, backend), SCHEDULE),
+        CausalDiffusion(make(CausalWanModel, backend), SCHEDULE, frames_per_block=2, teacher_forcing=True),
+        CausalDiffusion(make(CausalWanModel, backend), SCHEDULE, frames_per_block=2, window_frames=3, sink_frames=1),
+    ):
+        optimizer = torch.optim.Adam(objective.model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(20):
+            loss, _ = objective.loss(clean, context, TorchNoise(0))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dmd_pulls_latents_from_the_critic_to_the_teacher(backend):
+    """Where critic and teacher agree, without guidance, there is no gradient; otherwise it is their difference."""
+    generator, real, fake = make(CausalWanModel, backend), make(WanModel, backend, 1), make(WanModel, backend, 2)
+    latents, context, uncond = inputs()
+    latents.requires_grad_()
+    agreeing = DMD(generator, real, real, SCHEDULE, guidance_scale=0.0)
+    loss, _ = agreeing.distribution_matching_loss(latents, context, uncond, source=TorchNoise(0))
+    loss.backward()
+    assert latents.grad.abs().max() < 1e-7
+
+    latents.grad = None
+    objective = DMD(generator, real, fake, SCHEDULE, guidance_scale=2.0)
+    loss, log = objective.distribution_matching_loss(latents, context, uncond, source=TorchNoise(0))
+    loss.backward()
+    source = TorchNoise(0)
+    t = objective.score_timestep(source.randint(0, 1000, (2, 1), latents.device))
+    assert torch.equal(t, log["timestep"])
+    noisy = SCHEDULE.add_noise(latents.detach(), source.randn(latents.shape, latents.dtype, latents.device), t)
+    with torch.no_grad():
+        x0 = [
+            SCHEDULE.flow_to_x0(score(noisy, t[:, 0], text), noisy, t)
+            for score, text in ((fake, context), (real, context), (real, uncond))
+        ]
+    wanted = x0[1] + 2.0 * (x0[1] - x0[2])
+    distance = (latents.detach() - wanted).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    assert relative_error(latents.grad * latents.numel(), (x0[0] - wanted) / distance) < 1e-5
+
+
+def test_score_timesteps_follow_the_rollout():
+    latents, context, uncond = inputs()
+    models = make(CausalWanModel, "reference"), make(WanModel, "reference"), make(WanModel, "reference")
+    objective = DMD(*models, SCHEDULE, timestep_shift=1.0, ts_schedule=True, ts_schedule_max=True)
+    source = TorchNoise(0)
+    for _ in range(5):
+        _, log = objective.distribution_matching_loss(latents, context, uncond, None, 600, 400, source=source)
+        assert ((log["timestep"] >= 400) & (log["timestep"] < 600)).all()
+        _, log = objective.critic_loss(latents, context, 600, 400, source=source)
+        assert ((log["timestep"] >= 400) & (log["timestep"] < 600)).all()
