@@ -271,6 +271,8 @@ void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const 
     }
     const Row<Op> k = key < count ? run.k + in_run * run.k_stride : kZeros;
     const Row<Op> v = key < count ? run.v + in_run * run.v_stride : kZeros;
+    prefetch_row<Op>(k + kPrefetchRows * run.k_stride, dim);
+    prefetch_row<Op>(v + kPrefetchRows * run.v_stride, dim);
     pack_row<Op>(to.key_rows + key * words, k, dim);
     pack_row<Op>(to.value_rows + key * words, v, dim);
     joined[key % Op::kPack] = k;

@@ -120,6 +120,8 @@ void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffer
   for (int key = 0; key < count;) {
     const KeyRun<Op> run = visible.next(count - key);
     for (int i = 0; i < run.count; ++i, ++key) {
+      prefetch_row<Op>(run.k + (i + kPrefetchRows) * run.k_stride, dim);
+      prefetch_row<Op>(run.v + (i + kPrefetchRows) * run.v_stride, dim);
       pack_row<Op>(to.keys + key * words, run.k + i * run.k_stride, dim);
       pair[key % Op::kPack] = run.v + i * run.v_stride;
       if (key % Op::kPack == Op::kPack - 1) put_values(key, pair);

@@ -87,6 +87,15 @@ struct KeyRun {
   int count;
 };
 
+// Rows lie a token apart, farther than the hardware looks ahead: asks for a row some rows before it is needed.
+inline constexpr int kPrefetchRows = 8;
+
+template <typename Op>
+SELFFORCING_INLINE void prefetch_row(Row<Op> row, int dim) {
+  constexpr int kCacheLine = 64 / sizeof(typename Op::Storage);
+  for (int d = 0; d < dim; d += kCacheLine) __builtin_prefetch(row + d);
+}
+
 // Walks over the keys that a block sees, as its stream of the batch has them: the past, then the spans.
 template <typename Op>
 class VisibleKeys {

@@ -30,7 +30,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
-SELFFORCING_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// Minus, because 0 + x is a real addition (0 + -0 is 0), but x - 0 is x.
+SELFFORCING_INLINE Floats broadcast(float x) { return x - Floats{}; }
 
 // In halves, so that rounding grows with the logarithm of the number of lanes.
 SELFFORCING_INLINE float sum_lanes(Floats x) {
