@@ -47,6 +47,13 @@ class Checkpointer:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
+    def set_aside(self) -> None:
+        """Renames the folder to `<name>.old`, so that a run from the start never resumes from another run's end."""
+        if self.steps():
+            old = self.folder.with_name(f"{self.folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+
     def save(
         self,
         step: int,

@@ -121,10 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
+        if config.data.source != "moving_digits":
+            raise ValueError(f"data.source is {config.data.source!r}; accepted by the demo: 'moving_digits'")
         # The second stage starts where the first one ended, wherever the output goes.
         config.self_forcing.init = str(Path(config.output) / "causal.safetensors")
         run_demo(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

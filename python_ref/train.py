@@ -39,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         weights = train(load_config(parsed.config, parsed.overrides))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command with resume=true goes on from the last checkpoint", file=sys.stderr)
+        return 130
     print(f"weights: {weights}")
     return 0
 

@@ -62,6 +62,7 @@ class Trainer:
 
     def _first_step(self) -> int:
         if not self.config.resume:
+            self.checkpointer.set_aside()
             return 0
         state = self.checkpointer.load(self.stage.modules, self.stage.optimizers)
         if state["seed"] != self.config.seed:

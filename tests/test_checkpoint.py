@@ -70,6 +70,17 @@ def test_the_newest_are_kept(tmp_path):
     assert module[0].bias[0] == 10
 
 
+def test_a_new_run_does_not_meet_old_checkpoints(tmp_path):
+    module, learner = make(0)
+    checkpointer = Checkpointer(tmp_path / "teacher")
+    checkpointer.set_aside()  # nothing there yet
+    for step in (7, 8):
+        checkpointer.save(step, {"model": module}, {"model": learner.optimizer}, {})
+        checkpointer.set_aside()
+    assert checkpointer.steps() == []
+    assert Checkpointer(tmp_path / "teacher.old").steps() == [8]
+
+
 def save_and_die(folder, module: nn.Module, optimizer: torch.optim.Optimizer, moment: int) -> None:
     """In a child process: saves step 2 and is killed by SIGKILL at the given call of the writing functions."""
     calls = 0
