@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from golden_files import BACKENDS, relative_error
+from compare import relative_error
+from golden_files import BACKENDS
 
 from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.noise import ReplayNoise, TorchNoise

@@ -27,11 +27,6 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_attention_gradcheck(mask, kv_heads):

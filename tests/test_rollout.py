@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from golden_files import BACKENDS, relative_error
+from compare import relative_error
+from golden_files import BACKENDS
 from torch.nn.functional import scaled_dot_product_attention
 
 from python_ref.models.wan import CausalWanModel, WanConfig

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from golden_files import BACKENDS, relative_error
+from compare import relative_error
+from golden_files import BACKENDS
 
 from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from selfforcing_ext.mask import BlockCausalMask

@@ -100,7 +100,7 @@ class WanBackbone(nn.Module):
         for layer, block in enumerate(self.blocks):
             arguments = (x, time, encoded[layer], positions, attend(layer))
             if checkpoint_layers and torch.is_grad_enabled():
-                x, k, v = checkpoint(block, *arguments, use_reentrant=False)
+                x, k, v = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = block(*arguments)
             if after_layer is not None:

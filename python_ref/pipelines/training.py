@@ -139,7 +139,8 @@ class SelfForcingTrainingPipeline:
             wants_gradient = torch.is_grad_enabled() and cache.num_frames >= plan.num_frames - self.gradient_frames
             x_t = self._denoise_until(exit_steps[index], x_t, encoded, cache, source)
             with torch.set_grad_enabled(wants_gradient), nvtx.annotate("selfforcing.exit_step"):
-                access = _CacheAccess(cache) if wants_gradient else cache
+                keeps_block = self.cache_gradient == "exit_step"
+                access = _CacheAccess(cache, keeps_block) if wants_gradient else cache
                 x0 = self._predict_x0(exit_steps[index], x_t, encoded, access)
             blocks.append(x0)
             context_noise = source.randn(x0.shape, x0.dtype, x0.device)
@@ -188,7 +189,7 @@ class SelfForcingTrainingPipeline:
         """Runs a finished block through the generator once more, to cache its keys and values."""
         t = x0.new_full(x0.shape[:2], self.context_noise, dtype=torch.float32)
         access = cache
-        if self.cache_gradient == "exit_step" and isinstance(exit_access, _CacheAccess):
+        if isinstance(exit_access, _CacheAccess) and exit_access.keeps_block:
             access = _CacheAccess(cache, grad_to=exit_access.block)
         elif torch.is_grad_enabled():
             access = _CacheAccess(cache)
@@ -211,21 +212,31 @@ class SelfForcingTrainingPipeline:
 
 class _CacheAccess:
     """One differentiated call's access to a cache: it reads what was there when the call began, also when a
-    checkpointed layer is recomputed in backward, and remembers the call's own keys and values."""
+    checkpointed layer is recomputed in backward.
 
-    def __init__(self, cache: Any, grad_to: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+    Args:
+        cache: what is read and written.
+        keeps_block: keep the call's own keys and values in ``block``, by layer.
+        grad_to: keys and values by layer that get the gradient of what is written.
+    """
+
+    def __init__(
+        self, cache: Any, keeps_block: bool = False, grad_to: dict[int, tuple[Tensor, Tensor]] | None = None
+    ) -> None:
         self.cache = cache
         self.past = cache.view()
         self.position = self.past.position
+        self.keeps_block = keeps_block
         self.grad_to = grad_to
         self.block: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.block.setdefault(layer, (k, v))
+        if self.keeps_block:
+            self.block.setdefault(layer, (k, v))  # not those of a recomputation, whose graph is another
         return self.past.attend(layer, q, k, v)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.cache.write(layer, k, v, **({} if self.grad_to is None else {"grad_to": self.grad_to[layer]}))
+        self.cache.write(layer, k, v, grad_to=self.grad_to[layer] if self.grad_to else None)
 
     def commit(self, num_frames: int) -> None:
         self.cache.commit(num_frames)
