@@ -15,6 +15,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(SELFFORCING_RACE_CHECK)
@@ -148,11 +149,15 @@ bool same_place(std::source_location a, std::source_location b) {
   return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
 }
 
-// Ends the launch: run() throws what is said here.
-[[noreturn]] void fail(const std::string& what) {
-  const Thread& t = running->thread;
-  error = "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " + std::to_string(t.block.z) +
-          "), thread " + std::to_string(t.warp * kWarpSize + t.lane) + ": " + what;
+// Ends the launch: run() throws what is said here. The fiber is left as it is, so nothing on its stack may own memory.
+[[noreturn]] void fail(std::source_location where, const char* what, const std::source_location* others = nullptr) {
+  {
+    const Thread& t = running->thread;
+    error = "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " +
+            std::to_string(t.block.z) + "), thread " + std::to_string(t.warp * kWarpSize + t.lane) + ", " +
+            describe(where) + ": " + what;
+    if (others != nullptr) error += " " + describe(*others);
+  }
   switch_to(scheduler);
   std::abort();  // a failed fiber is never resumed
 }
@@ -187,6 +192,9 @@ void prepare(Fiber& fiber) {
     fiber.tsan_fiber = __tsan_create_fiber(0);
 #endif
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // a failed fiber left its frames behind
+#endif
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
   *--top = nullptr;  // keeps the stack aligned as at a function's entry
@@ -279,7 +287,7 @@ void block_barrier(std::source_location where) {
   if (barrier.arrived == 0)
     barrier.where = where;
   else if (!same_place(barrier.where, where))
-    fail("__syncthreads at " + describe(where) + " while others wait at " + describe(barrier.where));
+    fail(where, "__syncthreads while others wait at", &barrier.where);
   char* event = &barrier.event[barrier.round % 2];
   release(event);
   if (++barrier.arrived < num_threads) {
@@ -298,13 +306,13 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, bool vote, uns
   const int first = running->thread.warp * kWarpSize;
   if (num_threads - first < kWarpSize) mask &= (1u << (num_threads - first)) - 1;  // lanes that do not exist
   Warp& warp = warps[running->thread.warp];
-  if ((mask >> lane & 1) == 0) fail("a warp operation at " + describe(where) + " without the calling lane in its mask");
+  if ((mask >> lane & 1) == 0) fail(where, "a warp operation without the calling lane in its mask");
   if (warp.arrived == 0) {
     warp.where = where;
     warp.mask = mask;
     warp.votes[warp.round % 2] = 0;
   } else if (warp.mask != mask || !same_place(warp.where, where)) {
-    fail("a warp operation at " + describe(where) + " while other lanes wait at " + describe(warp.where));
+    fail(where, "a warp operation while others wait at", &warp.where);
   }
   const unsigned parity = warp.round % 2;
   warp.value[parity][lane] = value;
@@ -320,9 +328,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, bool vote, uns
       if ((mask >> i & 1) != 0) fibers[first + i]->waits_for = nullptr;
   }
   acquire(&warp.event[parity]);
-  if ((mask >> (source_lane & 31) & 1) == 0)
-    fail("a warp operation at " + describe(where) + " reads lane " + std::to_string(source_lane) +
-         ", which takes no part");
+  if ((mask >> (source_lane & 31) & 1) == 0) fail(where, "a warp operation reads a lane that takes no part");
   if (votes != nullptr) *votes = warp.votes[parity];
   return warp.value[parity][source_lane & 31];
 }
