@@ -121,7 +121,7 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
 
 inline void check_last_dim_contiguous(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
-  check(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name, " has stride ",
+  check(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0), name, " has stride ",
         last >= 0 ? tensor.stride(last) : 0, " in its last dimension, but must have stride 1 there");
 }
 

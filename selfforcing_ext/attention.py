@@ -63,8 +63,8 @@ def block_causal_attention(
         ValueError: devices, ranks or sizes that do not fit each other or the mask, or a last dimension that is not
             contiguous.
     """
-    q, k, v = cast_to_autocast_dtype(q, k, v)
-    check_qkv(q, k, v)
+    q, k, v = op_inputs(q=q, k=k, v=v)
+    _check_shapes(q, k, v)
     table = full_table(q.shape[1], k.shape[1], q.device) if mask is None else _table_of(mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
     return (out, lse) if return_lse else out
@@ -89,19 +89,22 @@ def attention_over_spans(
     return out, lse
 
 
-def cast_to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as scaled_dot_product_attention sees them; otherwise as they are."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises TypeError or ValueError unless q, k and v are what the op takes."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def op_inputs(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """The named tensors in a dtype that the op takes: in autocast's, as scaled_dot_product_attention sees them, or as
+    they are without autocast. Raises TypeError for what is no float32, bfloat16 or float16 tensor."""
+    for name, tensor in tensors.items():
         check_float_tensor(name, tensor)
+    values = tuple(tensors.values())
+    device_type = values[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return values
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in values)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises TypeError or ValueError unless q, k and v fit each other and the op."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_heads(name, tensor, "[B, Lq, H, D]" if name == "q" else "[B, Lk, H_kv, D]")
     check_alike("k", k, "q", q)
     check_alike("v", v, "q", q)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from selfforcing_ext import _C
-from selfforcing_ext.attention import attention_over_spans, cast_to_autocast_dtype, full_table
-from selfforcing_ext.checks import FLOAT_DTYPES, check_float_tensor, check_head_dim, check_heads, dtype_name
+from selfforcing_ext.attention import attention_over_spans, full_table, op_inputs
+from selfforcing_ext.checks import FLOAT_DTYPES, check_head_dim, check_heads, dtype_name
 from selfforcing_ext.library import nvtx_range, ops
 from selfforcing_ext.mask import check_window
 
@@ -27,7 +27,8 @@ DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rare
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
 
 # Caches by handle, for the ops that a compiled graph calls. They take the handle as a tensor on the CPU: its value does
-# not tie a graph to one cache, and a graph with such an input is not captured as a CUDA graph (these ops run on the host).
+# not tie a graph to one cache, and CUDA graphs leave out a graph with such an input, as they must (these ops run on the
+# host).
 _caches: weakref.WeakValueDictionary[int, PagedKVCache] = weakref.WeakValueDictionary()
 _handles = itertools.count()
 
@@ -169,7 +170,7 @@ class PagedKVCache:
             ValueError: a shape or device that is not the cache's, tokens that are no whole frames, or a block that is
                 too long for the window or for ``max_frames``.
         """
-        q, k, v = cast_to_autocast_dtype(q, k, v)
+        q, k, v = op_inputs(q=q, k=k, v=v)
         num_frames = self._check_block(layer, k, v)
         self._check_query(q, k)
         if not torch.compiler.is_compiling():
@@ -207,7 +208,7 @@ class PagedKVCache:
         """
         if grad_to is not None:
             raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
-        k, v = cast_to_autocast_dtype(k, v)
+        k, v = op_inputs(k=k, v=v)
         num_frames = self._check_block(layer, k, v)
         with torch.no_grad():
             if torch.compiler.is_compiling():
@@ -277,7 +278,6 @@ class PagedKVCache:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer is {layer}, but must be in [0, {self.num_layers})")
         for name, tensor in (("k", k), ("v", v)):
-            check_float_tensor(name, tensor)
             check_heads(name, tensor, "[B, L, H_kv, D]")
             if tensor.dtype != self.dtype:
                 raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but the cache holds {dtype_name(self.dtype)}")
@@ -302,7 +302,6 @@ class PagedKVCache:
         return num_frames
 
     def _check_query(self, q: Tensor, k: Tensor) -> None:
-        check_float_tensor("q", q)
         check_heads("q", q)
         if q.dtype != self.dtype:
             raise TypeError(f"q is {dtype_name(q.dtype)}, but the cache holds {dtype_name(self.dtype)}")
@@ -443,6 +442,8 @@ class KVCacheView:
         self._cache = cache
         self.num_frames = cache.num_frames
         self._page_table, self._past_spans, self.position = cache._snapshot()
+        # The pools of now: activation checkpointing wants the same shapes again, and a pool that grows keeps its pages.
+        self._k_pages, self._v_pages = list(cache._saved_k_pages), list(cache._saved_v_pages)
 
     @nvtx_range("kv_cache.attend")
     def attend(
@@ -454,11 +455,11 @@ class KVCacheView:
         softmax_scale: float | None = None,
     ) -> Tensor:  # [B, L, H, D]
         """As ``PagedKVCache.attend``, over the past of the moment when the view was taken."""
-        q, k, v = cast_to_autocast_dtype(q, k, v)
+        q, k, v = op_inputs(q=q, k=k, v=v)
         cache = self._cache
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
-        pages = cache._saved_k_pages[layer], cache._saved_v_pages[layer], self._page_table
+        pages = self._k_pages[layer], self._v_pages[layer], self._page_table
         return _attend(q, k, v, softmax_scale, *pages, cache._spans_of(num_frames, self._past_spans))
 
 

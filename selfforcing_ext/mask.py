@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,9 +82,7 @@ def make_span_table(
         if spans and (spans[0][0] < 0 or spans[-1][1] > num_keys):
             raise ValueError(f"spans_of_block[{block}] is {spans}, but keys run from 0 to num_keys = {num_keys}")
     key_starts, query_spans = _transpose(block_starts, merged, num_keys)
-    return SpanTable(
-        _int32(block_starts), *_csr(merged), _int32(key_starts), *_csr(query_spans)
-    )
+    return SpanTable(_int32(block_starts), *_csr(merged), _int32(key_starts), *_csr(query_spans))
 
 
 @lru_cache(maxsize=256)
@@ -92,9 +91,7 @@ def full_span_table(num_queries: int, num_keys: int, device: torch.device | str 
     return make_span_table([0, num_queries], [[(0, num_keys)]], num_keys).to(device)
 
 
-def visible_past(
-    block_start: int, block_end: int, window_frames: int | None, sink_frames: int
-) -> list[Interval]:
+def visible_past(block_start: int, block_end: int, window_frames: int | None, sink_frames: int) -> list[Interval]:
     """Frames before a block that its queries see: the sink, and what the window leaves of the rest.
 
     The window counts back from the end of the block, the block itself and the sink included, so that the sink and
@@ -242,7 +239,7 @@ def _transpose(
                 if any(start <= left and right <= end for start, end in spans)
             ]
         )
-        for left, right in zip(borders, borders[1:], strict=False)
+        for left, right in pairwise(borders)
     ]
     return borders, runs
 
