@@ -132,6 +132,7 @@ namespace {
 
 // Partial sums of |x - real|: one per kChunk elements of a sample, whatever the number of threads.
 constexpr int64_t kChunk = 16384;
+constexpr int64_t kBlock = 16 * kLanes;  // summed in float32; blocks in double
 
 int64_t sample_elements(const LatentShape& shape) { return shape.frames * int64_t{shape.channels} * shape.plane; }
 
@@ -169,17 +170,22 @@ void dmd_gradient(const DmdGradientParams& params) {
     parallel.for_each(params.shape.batch * chunks, [&](int64_t item, int32_t) {
       const int64_t sample = item / chunks, first = item % chunks * kChunk;
       const int64_t last = first + kChunk < elements ? first + kChunk : elements;
-      Floats sum{};
+      double sum = 0;
       for_runs(params.shape, sample * elements + first, sample * elements + last, [&](const Run& run) {
         const auto* x = at<Element>(params.x, run);
         const auto* cond = at<Element>(params.x0_real_cond, run);
         const auto* uncond = guided ? at<Element>(params.x0_real_uncond, run) : nullptr;
-        for_lanes(run.size, [&](int64_t i, int count) __attribute__((always_inline)) {
-          sum += absolute(load<Element>(x + i, count) -
-                          real_score<Element>(cond, uncond, params.guidance_scale, i, count));
-        });
+        for (int64_t begin = 0; begin < run.size; begin += kBlock) {
+          Floats block{};
+          for_lanes(run.size - begin < kBlock ? run.size - begin : kBlock,
+                    [&](int64_t i, int count) __attribute__((always_inline)) {
+                      block += absolute(load<Element>(x + begin + i, count) -
+                                        real_score<Element>(cond, uncond, params.guidance_scale, begin + i, count));
+                    });
+          sum += sum_lanes(block);
+        }
       });
-      params.workspace[item] = sum_lanes(sum);
+      params.workspace[item] = static_cast<float>(sum);
     });
 
     parallel.for_each(params.shape.batch * chunks, [&](int64_t item, int32_t) {

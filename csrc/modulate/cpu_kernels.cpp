@@ -33,10 +33,10 @@ void for_tokens(const FeatureShape& shape, const Parallel& parallel, const Visit
 }
 
 // Gradients of a frame's modulation sum over the frame's tokens. A frame is split into ranges when there are few
-// frames, by sizes alone, so that the bits do not depend on threads. Each range sums in blocks of kBlockTokens
-// (rounding then grows with the root of the block, not of the frame), into `width` floats; ranges are added in order.
+// frames, by sizes alone, so that the bits do not depend on threads. Each range sums `width` floats in blocks of
+// kBlockTokens and the blocks in double, so that rounding does not grow with the frame; ranges are added in order.
 constexpr int64_t kWantedRanges = 16;
-constexpr int64_t kBlockTokens = 32;
+constexpr int64_t kBlockTokens = 16;
 
 int64_t ranges_per_frame(const FeatureShape& shape) {
   const int64_t frames = static_cast<int64_t>(shape.batch) * shape.frames;
@@ -46,9 +46,11 @@ int64_t ranges_per_frame(const FeatureShape& shape) {
   return ranges > 1 ? ranges : 1;
 }
 
-// Every range has a total and a block of `width` floats.
+// Of one range: `width` doubles, then `width` floats.
+int64_t range_floats(int64_t width) { return 3 * width + width % 2; }
+
 int64_t sums_workspace_floats(const FeatureShape& shape, int64_t width) {
-  return shape.batch * shape.frames * ranges_per_frame(shape) * 2 * width;
+  return shape.batch * shape.frames * ranges_per_frame(shape) * range_floats(width);
 }
 
 SELFFORCING_INLINE void add_to(float* sums, int64_t c, Floats x, int count) {
@@ -64,29 +66,32 @@ void sum_frames(const FeatureShape& shape, const Parallel& threads, float* works
   Parallel parallel = threads;
   if (frames * shape.frame_seqlen * shape.channels <= kSerialElements) parallel.num_threads = 1;
   parallel.for_each(frames * ranges, [&](int64_t item, int32_t) {
-    float* total = workspace + item * 2 * width;
-    float* block = total + width;
-    memset(total, 0, 2 * width * sizeof(float));
+    double* total = reinterpret_cast<double*>(workspace + item * range_floats(width));
+    float* block = reinterpret_cast<float*>(total + width);
+    memset(total, 0, width * sizeof(double));
     const int64_t range = item % ranges, batch = item / ranges / shape.frames, frame = item / ranges % shape.frames;
     const int64_t first = frame * shape.frame_seqlen;
     const int64_t end = first + shape.frame_seqlen * (range + 1) / ranges;
     for (int64_t token = first + shape.frame_seqlen * range / ranges; token < end;) {
+      memset(block, 0, width * sizeof(float));
       const int64_t block_end = token + kBlockTokens < end ? token + kBlockTokens : end;
       for (; token < block_end; ++token) visit(batch, token, frame, block);
-      for_lanes(width, [&](int64_t c, int count) __attribute__((always_inline)) {
-        add_to(total, c, load<Float32>(block + c, count), count);
-        store<Float32>(block + c, Floats{}, count);
-      });
+      for (int64_t c = 0; c < width; ++c) total[c] += block[c];
     }
   });
   for (int64_t frame = 0; frame < frames; ++frame) {
-    float* total = workspace + frame * ranges * 2 * width;
+    const auto of_range = [&](int64_t range) {
+      return reinterpret_cast<double*>(workspace + (frame * ranges + range) * range_floats(width));
+    };
+    double* total = of_range(0);
     for (int64_t range = 1; range < ranges; ++range)
-      for_lanes(width, [&](int64_t c, int count) __attribute__((always_inline)) {
-        add_to(total, c, load<Float32>(total + range * 2 * width + c, count), count);
-      });
+      for (int64_t c = 0; c < width; ++c) total[c] += of_range(range)[c];
     finish(frame, total);
   }
+}
+
+SELFFORCING_INLINE void round_to(float* to, const double* from, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(from[i]);
 }
 
 }  // namespace
@@ -105,8 +110,8 @@ void modulated_layer_norm(const ModulatedLayerNormParams& params) {
       for_lanes(channels,
                 [&](int64_t c, int count) __attribute__((always_inline)) { sum += load<Element>(x + c, count); });
       const float rough_mean = sum_lanes(sum) / channels;
-      // The second pass (the row is in the first-level cache) avoids the cancellation of E[x^2] - E[x]^2, and what is left
-      // of the mean after subtracting it corrects its rounding.
+      // The second pass (the row is in the first-level cache) avoids the cancellation of E[x^2] - E[x]^2, and what is
+      // left of the mean after subtracting it corrects its rounding.
       for_lanes(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
         const Floats centered = keep_lanes(load<Element>(x + c, count) - rough_mean, count);
         rest += centered;
@@ -160,9 +165,9 @@ void modulated_layer_norm_backward(const ModulatedLayerNormBackwardParams& param
             store<Element>(grad_x + c, rstd * (scaled - mean_grad - normed * mean_dot), count);
           });
         },
-        [&](int64_t frame, const float* totals) {
-          memcpy(params.grad_shift + frame * channels, totals, channels * sizeof(float));
-          memcpy(params.grad_scale + frame * channels, totals + channels, channels * sizeof(float));
+        [&](int64_t frame, const double* totals) {
+          round_to(params.grad_shift + frame * channels, totals, channels);
+          round_to(params.grad_scale + frame * channels, totals + channels, channels);
         });
   });
 }
@@ -204,9 +209,7 @@ void gated_residual_backward(const GatedResidualBackwardParams& params) {
             add_to(sums, c, grad * load<Element>(y + c, count), count);
           });
         },
-        [&](int64_t frame, const float* totals) {
-          memcpy(params.grad_gate + frame * channels, totals, channels * sizeof(float));
-        });
+        [&](int64_t frame, const double* totals) { round_to(params.grad_gate + frame * channels, totals, channels); });
   });
 }
 

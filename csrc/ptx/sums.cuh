@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kRangeThreads) add_ranges_kernel(const RangeSu
   const int64_t group = index / sums.columns, column = index % sums.columns;
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t range = 0; range < sums.ranges; ++range) total += sums.slot(s, group, range)[column];
-    sums.out[s][index] = total;
+    sums.out[s][index] = static_cast<float>(total);
   }
 }
 

@@ -125,11 +125,14 @@ void qk_norm_rope(const QkNormRopeParams& params) {
 
 namespace {
 
-// The gradient of the weight sums over all tokens: each range of positions sums its own, in blocks of kBlockTokens so
-// that rounding grows with neither the block nor the number of blocks squared, and the ranges are added in order. Their
-// number depends on sizes alone, so the bits do not depend on threads.
+// The gradient of the weight sums over all tokens: each range of positions sums its own, in blocks of kBlockTokens and
+// the blocks in double, so that rounding does not grow with the sequence; ranges are added in order. Their number
+// depends on sizes alone, so the bits do not depend on threads.
 constexpr int64_t kMaxRanges = 32;
-constexpr int64_t kBlockTokens = 32;
+constexpr int64_t kBlockTokens = 16;
+
+// Of one range: a double and two floats per channel.
+int64_t range_floats(int64_t channels) { return 4 * channels; }
 
 int64_t num_weight_ranges(const QkNormRopeBackwardParams& params) {
   const int64_t tokens = params.axes.num_tokens();
@@ -143,15 +146,14 @@ int64_t num_weight_ranges(const QkNormRopeBackwardParams& params) {
 template <typename Element>
 void backward_range(const QkNormRopeBackwardParams& params, int64_t begin, int64_t end, float* workspace) {
   const int64_t dim = params.head_dim, channels = params.num_heads * dim, tokens = params.axes.num_tokens();
-  float* total = workspace;
-  float* block = workspace + channels;
-  float* grad_normed = workspace + 2 * channels;  // of one token
-  memset(total, 0, 2 * channels * sizeof(float));
+  double* total = reinterpret_cast<double*>(workspace);
+  float* block = workspace + 2 * channels;
+  float* grad_normed = workspace + 3 * channels;  // of one token
+  memset(total, 0, channels * sizeof(double));
+  memset(block, 0, channels * sizeof(float));
   const auto close_block = [&] {
-    for_lanes(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-      store<Float32>(total + c, load<Float32>(total + c, count) + load<Float32>(block + c, count), count);
-      store<Float32>(block + c, Floats{}, count);
-    });
+    for (int64_t c = 0; c < channels; ++c) total[c] += block[c];
+    memset(block, 0, channels * sizeof(float));
   };
 
   TokenAngles angles(params, begin);
@@ -190,7 +192,7 @@ void backward_range(const QkNormRopeBackwardParams& params, int64_t begin, int64
 }  // namespace
 
 int64_t qk_norm_rope_backward_workspace_floats(const QkNormRopeBackwardParams& params) {
-  return num_weight_ranges(params) * 3 * params.num_heads * params.head_dim;
+  return num_weight_ranges(params) * range_floats(int64_t{params.num_heads} * params.head_dim);
 }
 
 void qk_norm_rope_backward(const QkNormRopeBackwardParams& params) {
@@ -201,15 +203,15 @@ void qk_norm_rope_backward(const QkNormRopeBackwardParams& params) {
   parallel.for_each(ranges, [&](int64_t range, int32_t) {
     const int64_t begin = tokens * range / ranges, end = tokens * (range + 1) / ranges;
     with_element(params.dtype, [&](auto element) {
-      backward_range<decltype(element)>(params, begin, end, params.workspace + range * 3 * channels);
+      backward_range<decltype(element)>(params, begin, end, params.workspace + range * range_floats(channels));
     });
   });
-  for_lanes(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-    Floats sum{};
-    for (int64_t range = 0; range < ranges; ++range)
-      sum += load<Float32>(params.workspace + range * 3 * channels + c, count);
-    store<Float32>(params.grad_weight + c, sum, count);
-  });
+  double* total = reinterpret_cast<double*>(params.workspace);
+  for (int64_t range = 1; range < ranges; ++range) {
+    const double* more = reinterpret_cast<const double*>(params.workspace + range * range_floats(channels));
+    for (int64_t c = 0; c < channels; ++c) total[c] += more[c];
+  }
+  for (int64_t c = 0; c < channels; ++c) params.grad_weight[c] = static_cast<float>(total[c]);
 }
 
 }  // namespace SELFFORCING_ISA
