@@ -36,7 +36,7 @@ struct HeadBuffers {
   float *queries, *grads;         // per panel words [word][lane], of q and grad_out
   float *query_rows, *grad_rows;  // words [lane / kPack][d], joined over neighbouring lanes
   float* grad_q;                  // [lane][d]: sums, softmax_scale not applied
-  float *lse, *delta;             // [lane]: lse in units of log2; rowsum(out * grad_out) - grad_lse
+  float *lse, *delta;             // [lane]: lse; rowsum(out * grad_out) - grad_lse
   int32_t* tiles_done;            // [chunk]: 1 + the last tile whose part is in grad_q
 };
 
@@ -235,7 +235,7 @@ void pack_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, int 
                                       grad + first * p.grad_out.token_stride, p.grad_out.token_stride, count, dim);
       if (p.grad_lse != nullptr) delta -= load<Float32>(p.grad_lse + row + first, count);
       store(to.delta + lane + first, delta);
-      store(to.lse + lane + first, load<Float32>(p.lse + row + first, count) * kLog2E);
+      store(to.lse + lane + first, load<Float32>(p.lse + row + first, count));
       // Padding has probability 0.
       for (int i = count; i < kLanes; ++i) to.lse[lane + first + i] = 1e30f;
     }
@@ -286,7 +286,7 @@ void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const 
 // row.
 template <typename Op, int kVectors>
 __attribute__((noinline)) void grade_panel(const TileBuffers& tile, const BackwardPlan& plan, const HeadBuffers& head,
-                                           int64_t lane, int offset, int count, int dim, float factor) {
+                                           int64_t lane, int offset, int count, int dim, float softmax_scale) {
   constexpr int kWidth = kVectors * kLanes;
   const int words = dim / Op::kPack, padded = round_up(count, kKeyMultiple);
   for (int key = 0; key < padded; key += kTileRows) {
@@ -297,10 +297,11 @@ __attribute__((noinline)) void grade_panel(const TileBuffers& tile, const Backwa
       multiply<Op>(scores, tile.key_rows + key * words, words, 1, head.queries + lane * words, kWidth, words);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        const Floats lse = load(head.lse + lane + j * kLanes), factors = broadcast(factor);
+        const Floats lse = load(head.lse + lane + j * kLanes), scales = broadcast(softmax_scale);
 #pragma GCC unroll 8
         for (int i = 0; i < kTileRows; ++i) {
-          Floats weight = exp2(multiply_subtract(scores[i][j], factors, lse), Op::kExp2);
+          // The difference first, then the unit of log2: large probabilities have small differences.
+          Floats weight = exp2(multiply_subtract(scores[i][j], scales, lse) * kLog2E, Op::kExp2);
           if (i >= rows) weight = Floats{};
           store(weights + i * kWidth + j * kLanes, weight);
           Op::store_summed(tile.probabilities + (key + i) * plan.row_words + (offset + j * kLanes) / Op::kPack, weight);
@@ -402,8 +403,7 @@ void grade_queries(const AttentionBackwardParams& p, const BackwardPlan& plan, c
     if (panel.query < first_query || panel.query >= end_query) continue;
     if (lane < 0) lane = panel.lane;
     with_vectors(panel.vectors, [&](auto vectors) {
-      grade_panel<Op, decltype(vectors)::kValue>(tile, plan, head, panel.lane, lanes, count, dim,
-                                                 p.softmax_scale * kLog2E);
+      grade_panel<Op, decltype(vectors)::kValue>(tile, plan, head, panel.lane, lanes, count, dim, p.softmax_scale);
     });
     lanes += panel.vectors * kLanes;
   }

@@ -15,6 +15,7 @@ struct Operand {
   using Element = E;
   using Storage = typename Element::Storage;
   static constexpr int kPack = 1;  // elements in a word
+  static constexpr int kRun = 64;  // steps that are summed in one go
   static constexpr const auto& kExp2 = kExp2Float32;
 
   static SELFFORCING_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -39,6 +40,7 @@ struct Operand<BFloat16> {
   using Element = BFloat16;
   using Storage = uint16_t;
   static constexpr int kPack = 2;
+  static constexpr int kRun = 1 << 30;  // sums lose nothing beside operands of 8 bits
   static constexpr const auto& kExp2 = kExp2BFloat16;
 
   static SELFFORCING_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -73,8 +75,8 @@ struct Operand<BFloat16> {
 
 // sums[i][j] += sum over steps s of a[i * a_row + s * a_step] * b[s * b_step + j * kLanes ...]
 template <typename Op, int kRows, int kVectors>
-SELFFORCING_INLINE void multiply(Floats (&sums)[kRows][kVectors], const float* a, int64_t a_row, int64_t a_step,
-                                 const float* b, int64_t b_step, int steps) {
+SELFFORCING_INLINE void multiply_run(Floats (&sums)[kRows][kVectors], const float* a, int64_t a_row, int64_t a_step,
+                                     const float* b, int64_t b_step, int steps) {
 #pragma GCC unroll 2
   for (int step = 0; step < steps; ++step) {
     Floats column[kVectors];
@@ -87,6 +89,23 @@ SELFFORCING_INLINE void multiply(Floats (&sums)[kRows][kVectors], const float* a
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] = Op::multiply_add(factor, column[j], sums[i][j]);
     }
+  }
+}
+
+// The same in runs of Op::kRun steps, each summed from zero: the rounding of one long running sum would grow with the
+// square root of its length.
+template <typename Op, int kRows, int kVectors>
+SELFFORCING_INLINE void multiply(Floats (&sums)[kRows][kVectors], const float* a, int64_t a_row, int64_t a_step,
+                                 const float* b, int64_t b_step, int steps) {
+  multiply_run<Op>(sums, a, a_row, a_step, b, b_step, steps < Op::kRun ? steps : Op::kRun);
+  for (int start = Op::kRun; start < steps; start += Op::kRun) {
+    Floats run[kRows][kVectors] = {};
+    multiply_run<Op>(run, a + start * a_step, a_row, a_step, b + start * b_step, b_step,
+                     steps - start < Op::kRun ? steps - start : Op::kRun);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] += run[i][j];
   }
 }
 
