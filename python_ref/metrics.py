@@ -81,6 +81,7 @@ class ProgressLine:
         self.title, self.total, self.every = title, total_steps, every
         self.first_step, self.start = first_step, time.monotonic()
         self._last_print = -float("inf")
+        self._shown: dict[str, float] = {}
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -91,10 +92,11 @@ class ProgressLine:
             self._task = self._bar.add_task(title, total=total_steps, completed=first_step, values="")
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Shows progress after `step` steps."""
+        """Shows progress after `step` steps; a value that this step does not have stays as it was."""
+        self._shown.update(values)
         elapsed = time.monotonic() - self.start
         rate = (step - self.first_step) / max(elapsed, 1e-9)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = "  ".join(f"{name} {value:.4g}" for name, value in self._shown.items())
         text = f"{text}  {rate:.2f} steps/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)

@@ -16,8 +16,9 @@ from python_ref.video_output import grid, write_contact_sheet, write_gif
 class Trainer:
     """Runs a stage and keeps what it makes in `config.output`:
 
-    config.yaml, metrics.jsonl, tensorboard/, samples/, checkpoints/ and `<stage>.safetensors`, the averaged weights
-    that later stages, `generate` and `evaluate` take. The weights file is renewed with every checkpoint.
+    `<stage>.yaml` (all settings), logs/<stage>/ (metrics.jsonl and TensorBoard), samples/, checkpoints/<stage>/ and
+    `<stage>.safetensors`: the averaged weights that later stages, `generate` and `evaluate` take, renewed with every
+    checkpoint.
 
     Args:
         config: the run's settings.
