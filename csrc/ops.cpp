@@ -21,14 +21,14 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
       "Tensor v) -> ()");
   // The host's part of a cache (selfforcing_ext/kv_cache.py) as ops, so that a compiled graph can contain it: they change
   // the page table of the cache with this handle and bring the tensors that say where things are up to date; pin copies
-  // these tensors and keeps the pages from being recycled as long as the copied table exists.
+  // these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.
   m.def(
       "kv_cache_reserve(Tensor(a!) page_table, Tensor(b!) past_spans, Tensor(c!) write_start, Tensor handle, int layer, "
       "int num_frames) -> ()");
   m.def("kv_cache_commit(Tensor(a!) past_spans, Tensor(b!) position, Tensor handle, int num_frames) -> ()");
   m.def(
-      "kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor position, Tensor handle) "
-      "-> (Tensor page_table, Tensor past_spans, Tensor position)");
+      "kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor handle) -> (Tensor page_table, Tensor past_spans)");
+  m.def("kv_cache_position(Tensor position) -> Tensor");
 
   // start_frame: int32 [1], on the device so that a captured graph replays with new positions.
   m.def("rope_3d(Tensor x, Tensor start_frame, int[] grid, bool inverse) -> Tensor");

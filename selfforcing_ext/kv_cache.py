@@ -137,9 +137,9 @@ class PagedKVCache:
     def position(self) -> Tensor:
         """``num_frames`` as an int32 tensor [1] on the device: the start frame for rope_3d. Updated in place, so that
         graphs replay with new positions; while autograd records, a copy that stays as it is."""
-        if not torch.is_grad_enabled():
-            return self._position
-        return self._snapshot()[2] if torch.compiler.is_compiling() else self._current_view().position
+        if torch.compiler.is_compiling():
+            return _copy_of_position(self._position)
+        return self._current_view().position if torch.is_grad_enabled() else self._position
 
     @property
     def visible_frames(self) -> int:
@@ -180,7 +180,7 @@ class PagedKVCache:
             return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, self._past_spans))
         if not torch.compiler.is_compiling():
             return self._current_view().attend(layer, q, k, v, softmax_scale)
-        page_table, past_spans, _ = self._snapshot()
+        page_table, past_spans = self._snapshot()
         pages = self._saved_k_pages[layer], self._saved_v_pages[layer], page_table
         return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, past_spans))
 
@@ -260,13 +260,11 @@ class PagedKVCache:
 
     # ---- What a block may be, and what it sees
 
-    def _snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of page table, spans and position that stay as they are; the pages stay too while the first lives.
-        An op, because torch.compile would make plain copies a second time in backward, when all has changed."""
-        page_table, past_spans, position = ops.kv_cache_pin(
-            self._page_table, self._past_spans, self._position, self._handle
-        )
-        return page_table, past_spans, position
+    def _snapshot(self) -> tuple[Tensor, Tensor]:
+        """Copies of page table and spans that stay as they are; the pages stay too while the first lives. An op, since
+        torch.compile would make plain copies a second time in backward, when all has changed."""
+        page_table, past_spans = ops.kv_cache_pin(self._page_table, self._past_spans, self._handle)
+        return page_table, past_spans
 
     def _current_view(self) -> KVCacheView:
         if self._view is None:
@@ -441,7 +439,8 @@ class KVCacheView:
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache = cache
         self.num_frames = cache.num_frames
-        self._page_table, self._past_spans, self.position = cache._snapshot()
+        self.position = _copy_of_position(cache._position)
+        self._page_table, self._past_spans = cache._snapshot()
         # The pools of now: activation checkpointing wants the same shapes again, and a pool that grows keeps its pages.
         self._k_pages, self._v_pages = list(cache._saved_k_pages), list(cache._saved_v_pages)
 
@@ -461,6 +460,12 @@ class KVCacheView:
         cache._check_query(q, k)
         pages = self._k_pages[layer], self._v_pages[layer], self._page_table
         return _attend(q, k, v, softmax_scale, *pages, cache._spans_of(num_frames, self._past_spans))
+
+
+def _copy_of_position(position: Tensor) -> Tensor:
+    """A copy that stays as it is. An op, because torch.compile may move plain reads across the op that commits."""
+    copy: Tensor = ops.kv_cache_position(position)
+    return copy
 
 
 def _attend(
@@ -499,7 +504,7 @@ def _commit_op(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames:
 
 
 @torch.library.impl("selfforcing::kv_cache_pin", "CompositeExplicitAutograd")
-def _pin_op(page_table: Tensor, past_spans: Tensor, position: Tensor, handle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pin_op(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
     # Autograd saves the copied table with the attend that read it, so the pages stay until that attend's backward is
     # done or its graph is gone.
     cache = _caches[int(handle)]
@@ -507,7 +512,12 @@ def _pin_op(page_table: Tensor, past_spans: Tensor, position: Tensor, handle: Te
     pinning_table = page_table.clone()
     cache._table.pin(pages)
     weakref.finalize(pinning_table, cache._table.unpin, pages).atexit = False
-    return pinning_table, past_spans.clone(), position.clone()
+    return pinning_table, past_spans.clone()
+
+
+@torch.library.impl("selfforcing::kv_cache_position", "CompositeExplicitAutograd")
+def _position_op(position: Tensor) -> Tensor:
+    return position.clone()
 
 
 @torch.library.register_fake("selfforcing::kv_cache_write")
@@ -530,7 +540,10 @@ def _commit_fake(past_spans: Tensor, position: Tensor, handle: Tensor, num_frame
 
 
 @torch.library.register_fake("selfforcing::kv_cache_pin")
-def _pin_fake(
-    page_table: Tensor, past_spans: Tensor, position: Tensor, handle: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(page_table), torch.empty_like(past_spans), torch.empty_like(position)
+def _pin_fake(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(page_table), torch.empty_like(past_spans)
+
+
+@torch.library.register_fake("selfforcing::kv_cache_position")
+def _position_fake(position: Tensor) -> Tensor:
+    return torch.empty_like(position)
