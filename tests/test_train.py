@@ -136,17 +136,18 @@ def test_another_seed_gives_other_bits(config_file, tmp_path):
     assert found[0][0]["loss"] != found[1][0]["loss"]
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16", 3e-2)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_both_backends_give_the_same_losses(stage, config_file, starts, tmp_path):
+def test_both_backends_give_the_same_losses(stage, precision, tolerance, config_file, starts, tmp_path):
     runs = {}
     for backend in ("reference", "ext"):
-        options = [f"{stage}.steps=6", f"backend={backend}"]
+        options = [f"{stage}.steps=6", f"backend={backend}", f"precision={precision}"]
         assert train(arguments(config_file, starts, stage, tmp_path / backend, *options)) == 0
         runs[backend] = losses(tmp_path / backend, stage)
     for reference, ext in zip(runs["reference"], runs["ext"], strict=True):
         assert reference.keys() == ext.keys()
         for name, value in reference.items():
-            assert ext[name] == pytest.approx(value, rel=2e-4), name
+            assert ext[name] == pytest.approx(value, rel=tolerance), name
     reference, ext = (read_tensors(tmp_path / backend / f"{stage}.safetensors") for backend in runs)
     assert any(not torch.equal(ext[name], value) for name, value in reference.items())  # they are two computations
 
