@@ -33,11 +33,24 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 // Minus, because 0 + x is a real addition (0 + -0 is 0), but x - 0 is x.
 SELFFORCING_INLINE Floats broadcast(float x) { return x - Floats{}; }
 
-// In halves, so that rounding grows with the logarithm of the number of lanes.
+// In halves, so that rounding grows with the logarithm of the number of lanes. (Written as a loop over lanes, GCC goes
+// through memory.)
 SELFFORCING_INLINE float sum_lanes(Floats x) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
-  return x[0];
+#if defined(__AVX512F__)
+  typedef float Half __attribute__((vector_size(32)));
+  const Half half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const Floats half = x;
+#endif
+  typedef float Quarter __attribute__((vector_size(16)));
+#if defined(__AVX2__)
+  Quarter sum = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+  Quarter sum = half;
+#endif
+  sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1);
+  return sum[0] + sum[1];
 }
 
 SELFFORCING_INLINE Floats absolute(Floats x) {
@@ -55,6 +68,8 @@ SELFFORCING_INLINE Floats swap_pairs(Floats x) {
 #endif
 }
 
+// Intrinsics of AVX-512 below are the zero-masked forms: GCC warns of the undefined source inside the plain ones.
+
 struct Float32 {
   using Storage = float;
   static SELFFORCING_INLINE Floats widen(const float* from) {
@@ -68,18 +83,40 @@ struct Float32 {
 struct BFloat16 {
   using Storage = uint16_t;
   static SELFFORCING_INLINE Floats widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+    const __m512i words =
+        _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return reinterpret_cast<Floats>(reinterpret_cast<Words>(words) << 16);
+#elif defined(__AVX2__)
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return reinterpret_cast<Floats>(reinterpret_cast<Words>(words) << 16);
+#else
     Halves bits;
     memcpy(&bits, from, sizeof(bits));
     return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+#endif
   }
-  // Rounds to nearest even; a NaN stays one (its payload must not round up to infinity). Integer arithmetic on every
-  // instruction set, so that all of them give the same bits, subnormals included.
+  // Rounds to nearest even; a NaN stays one. (The instruction takes subnormals for 0.)
   static SELFFORCING_INLINE void narrow(uint16_t* to, Floats x) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+    memcpy(to, &half, sizeof(half));
+#else
     const Words bits = reinterpret_cast<Words>(x);
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Words nan = (bits >> 16) | 0x40u;
-    const Halves half = __builtin_convertvector(x == x ? rounded : nan, Halves);
+    const Words nan = (bits >> 16) | 0x40u;  // the payload must not round up to infinity
+    const Words words = x == x ? rounded : nan;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(words)));
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(words), reinterpret_cast<__m256i>(words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    const Halves half = __builtin_convertvector(words, Halves);
     memcpy(to, &half, sizeof(half));
+#endif
+#endif
   }
 };
 
@@ -87,7 +124,6 @@ struct Float16 {
   using Storage = uint16_t;
   static SELFFORCING_INLINE Floats widen(const uint16_t* from) {
 #if defined(__AVX512F__)
-    // The zero-masked forms, because GCC warns of the undefined source inside the plain ones.
     return reinterpret_cast<Floats>(
         _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)

@@ -1,0 +1,214 @@
+"""rope, denoise and modulate against the same formulas in eager torch: time, ratio, and share of the copy bandwidth.
+
+    python benchmarks/elementwise.py [--size demo|wan ...] [--dtype float32|bfloat16 ...] [--op NAME] [--threads N]
+
+Ours and eager run in turns in one process; times are medians. GB/s counts every input and output once, as if each were
+moved through memory one time; "of copy" divides it by what Tensor.copy_ reaches on as many bytes in the same turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import selfforcing_ext as ours
+from python_ref.ops import denoise, modulate, rope
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int
+    grid: tuple[int, int, int]  # frames, rows, columns
+    num_heads: int
+    head_dim: int
+    latents: tuple[int, int, int]  # C, H, W
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+SIZES = {
+    # configs/demo.yaml in training, and one block of Wan2.1 1.3B at 480x832 (arXiv 2503.20314)
+    "demo": Size(16, (12, 4, 4), 3, 32, (1, 16, 16)),
+    "wan": Size(1, (3, 30, 52), 12, 128, (16, 60, 104)),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    ours: Callable[..., Tensor | tuple[Tensor, ...]]
+    eager: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: list[Tensor]
+    constants: list[Tensor] = field(default_factory=list)  # arguments after the inputs, without gradient
+    differentiable: bool = True
+
+
+def problems(size: Size, dtype: torch.dtype) -> Iterator[Problem]:
+    frames, channels = size.grid[0], size.num_heads * size.head_dim
+
+    def features() -> Tensor:
+        return torch.randn(size.batch, size.tokens, channels).to(dtype)
+
+    def modulation() -> Tensor:
+        return torch.randn(size.batch, frames, channels)
+
+    def latents() -> Tensor:
+        return torch.randn(size.batch, frames, *size.latents).to(dtype)
+
+    heads = features().unflatten(-1, (size.num_heads, size.head_dim))
+    position = torch.tensor([3], dtype=torch.int32)
+    sigma, sigma_next = torch.rand(size.batch, frames), torch.rand(size.batch, frames)
+    yield Problem(
+        "rope_3d",
+        lambda x: ours.rope_3d(x, size.grid, position),
+        lambda x: rope.rope_3d(x, size.grid, position),
+        [heads],
+    )
+    yield Problem(
+        "qk_norm_rope",
+        lambda x, weight: ours.qk_norm_rope(x, weight, size.num_heads, size.grid, position),
+        lambda x, weight: rope.qk_norm_rope(x, weight, size.num_heads, size.grid, position),
+        [features(), torch.rand(channels)],
+    )
+    yield Problem(
+        "modulated_layer_norm",
+        ours.modulated_layer_norm,
+        modulate.modulated_layer_norm,
+        [features(), modulation(), modulation()],
+    )
+    yield Problem(
+        "gated_residual", ours.gated_residual, modulate.gated_residual, [features(), features(), modulation()]
+    )
+    yield Problem("denoise_x0", _x0(ours.denoise_step), _x0(denoise.denoise_step), [latents(), latents()], [sigma])
+    yield Problem(
+        "denoise_step",
+        lambda flow, x, noise, *levels: ours.denoise_step(flow, x, *levels, noise),
+        lambda flow, x, noise, *levels: denoise.denoise_step(flow, x, *levels, noise),
+        [latents(), latents(), latents()],
+        [sigma, sigma_next],
+    )
+    yield Problem(
+        "guided_denoise_step",
+        lambda cond, uncond, x, noise, *levels: ours.guided_denoise_step(cond, uncond, 3.0, x, *levels, noise),
+        lambda cond, uncond, x, noise, *levels: denoise.guided_denoise_step(cond, uncond, 3.0, x, *levels, noise),
+        [latents(), latents(), latents(), latents()],
+        [sigma, sigma_next],
+    )
+    yield Problem("add_noise", ours.add_noise, denoise.add_noise, [latents(), latents()], [sigma])
+    yield Problem(
+        "dmd_gradient",
+        lambda *x: ours.dmd_gradient(*x, guidance_scale=3.0),
+        lambda *x: denoise.dmd_gradient(*x, guidance_scale=3.0),
+        [latents() for _ in range(4)],
+        differentiable=False,
+    )
+
+
+def _x0(step: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Tensor]:
+    return lambda flow, x_t, sigma: step(flow, x_t, sigma)[0]
+
+
+def in_turns(functions: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds per call of each. A sample is as many calls as make a millisecond: clocks do not matter."""
+    calls = []
+    for function in functions:
+        function()
+        start = time.perf_counter()
+        function()
+        calls.append(max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7))))
+    samples: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[0]) < 5:
+        for function, count, times in zip(functions, calls, samples, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            times.append((time.perf_counter() - start) / count)
+    return [statistics.median(times) for times in samples]
+
+
+def nbytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def report(name: str, functions: tuple[Callable[[], object], Callable[[], object]], moved: int, seconds: float) -> None:
+    source = torch.empty(moved // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    mine, eager, copy = in_turns([*functions, lambda: target.copy_(source)], seconds)
+    times = f"{mine * 1e6:9.1f} {eager * 1e6:9.1f} {eager / mine:7.2f}"
+    print(f"{name:44s} {times} {moved / mine / 1e9:8.1f} {copy / mine:8.2f}", flush=True)
+
+
+def run(problem: Problem, label: str, seconds: float) -> None:
+    def forward(op: Callable[..., Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return as_tuple(op(*problem.inputs, *problem.constants))
+
+    with torch.no_grad():
+        moved = nbytes([*problem.inputs, *problem.constants]) + nbytes(forward(problem.ours))
+        report(
+            f"{problem.name} {label} forward",
+            (lambda: forward(problem.ours), lambda: forward(problem.eager)),
+            moved,
+            seconds,
+        )
+    if not problem.differentiable:
+        return
+    leaves = [x.requires_grad_() for x in problem.inputs]
+    backward, gradients = [], []
+    for op in (problem.ours, problem.eager):
+        outputs = forward(op)
+        gradients = [torch.randn_like(output) for output in outputs]
+
+        def call(outputs: tuple[Tensor, ...] = outputs, gradients: list[Tensor] = gradients) -> object:
+            return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+        backward.append(call)
+    # Read: the gradients of the outputs and what the formula needs of the inputs; written: the gradients of the inputs.
+    needed = [] if problem.name in LINEAR else problem.inputs
+    moved = nbytes(gradients) + nbytes(needed) + nbytes(leaves)
+    report(f"{problem.name} {label} backward", (backward[0], backward[1]), moved, seconds)
+
+
+LINEAR = {"rope_3d", "denoise_x0", "denoise_step", "guided_denoise_step", "add_noise"}  # backward reads no input
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--op", nargs="+", help="names; all if not given")
+    parser.add_argument("--threads", type=int, help="of torch; its default if not given")
+    parser.add_argument("--seconds", type=float, default=0.2, help="per line")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'op, size, dtype':44s} {'ours us':>9s} {'eager us':>9s} {'ratio':>7s} {'GB/s':>8s} {'of copy':>8s}")
+    for name in arguments.size:
+        for dtype in arguments.dtype:
+            for problem in problems(SIZES[name], getattr(torch, dtype)):
+                if not arguments.op or problem.name in arguments.op:
+                    run(problem, f"{name} {dtype}", arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()
