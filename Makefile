@@ -27,7 +27,7 @@ build: environment
 	@MAX_JOBS=$(JOBS) python setup.py -q build_ext --inplace
 
 demo: build
-	python -m python_ref.train --config configs/demo.yaml
+	python -m python_ref.demo --config configs/demo.yaml $(DEMO_ARGS)
 
 test: build
 	python -m pytest
