@@ -93,8 +93,7 @@ inline DType check_float_dtype(const Tensor& tensor, const char* name) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    default:
-      fail(name, " is ", dtype_name(tensor.scalar_type()), ", but must be float32, bfloat16 or float16");
+    default: fail(name, " is ", dtype_name(tensor.scalar_type()), ", but must be float32, bfloat16 or float16");
   }
 }
 
@@ -104,8 +103,8 @@ inline void check_dtype(const Tensor& tensor, const char* name, ScalarType wante
 }
 
 inline void check_same_dtype(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
-  check(tensor.scalar_type() == other.scalar_type(), name, " is ", dtype_name(tensor.scalar_type()),
-        ", but must be ", dtype_name(other.scalar_type()), " like ", other_name);
+  check(tensor.scalar_type() == other.scalar_type(), name, " is ", dtype_name(tensor.scalar_type()), ", but must be ",
+        dtype_name(other.scalar_type()), " like ", other_name);
 }
 
 inline std::string device_text(const Tensor& tensor) {

@@ -19,15 +19,15 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
   m.def(
       "kv_cache_write(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor write_start, Tensor k, "
       "Tensor v) -> ()");
-  // The host's part of a cache (selfforcing_ext/kv_cache.py) as ops, so that a compiled graph can contain it: they change
-  // the page table of the cache with this handle and bring the tensors that say where things are up to date; pin copies
-  // these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.
+  // The host's part of a cache (selfforcing_ext/kv_cache.py) as ops, so that a compiled graph can contain it: they
+  // change the page table of the cache with this handle and bring the tensors that say where things are up to date; pin
+  // copies these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.
   m.def(
-      "kv_cache_reserve(Tensor(a!) page_table, Tensor(b!) past_spans, Tensor(c!) write_start, Tensor handle, int layer, "
+      "kv_cache_reserve(Tensor(a!) page_table, Tensor(b!) past_spans, Tensor(c!) write_start, Tensor handle, int "
+      "layer, "
       "int num_frames) -> ()");
   m.def("kv_cache_commit(Tensor(a!) past_spans, Tensor(b!) position, Tensor handle, int num_frames) -> ()");
-  m.def(
-      "kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor handle) -> (Tensor page_table, Tensor past_spans)");
+  m.def("kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor handle) -> (Tensor page_table, Tensor past_spans)");
   m.def("kv_cache_position(Tensor position) -> Tensor");
 
   // start_frame: int32 [1], on the device so that a captured graph replays with new positions.
@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
       "-> Tensor");
 
   // shift, scale, gate: float32 [B, F, C].
-  m.def("modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "modulated_layer_norm_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor mean, Tensor rstd) "
       "-> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)");

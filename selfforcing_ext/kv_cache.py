@@ -342,18 +342,21 @@ class PagedKVCache:
         first_visible = self._first_visible(num_frames)
         num_tokens = num_frames * self.frame_seqlen
         streams = range(self.batch_size)
-        needed = [self._table.pages_needed(stream, num_tokens) for stream in streams]
-        free = self._table.num_free_pages + sum(self._table.releasable(stream, first_visible) for stream in streams)
+        per_stream = self._table.pages_needed(0, num_tokens)
+        needed = self.batch_size * per_stream
+        free = self._table.num_free_pages
+        if needed > free:
+            free += sum(self._table.releasable(stream, first_visible) for stream in streams)
         row_pages = self._row_pages()
         if self.window_frames is None and self.max_frames is None:
-            row_pages = max(len(self._table.pages(stream)) + needed[stream] for stream in streams)
-        if sum(needed) > free or row_pages > self._page_table.shape[1]:
+            row_pages = len(self._table.pages(0)) + per_stream
+        if needed > free or row_pages > self._page_table.shape[1]:
             if not may_grow:
                 raise RuntimeError(
-                    f"the block needs {sum(needed)} pages, but {free} are free, and a compiled graph cannot grow the "
+                    f"the block needs {needed} pages, but {free} are free, and a compiled graph cannot grow the "
                     f"pool: call cache.reserve({num_frames}) before it, or give window_frames or max_frames"
                 )
-            self._grow(sum(needed) - free)
+            self._grow(needed - free)
             if row_pages > self._page_table.shape[1]:
                 self._page_table = self._page_table.new_zeros(self.batch_size, 2 * row_pages)
         for stream in streams:
@@ -412,21 +415,19 @@ class PagedKVCache:
                 pools[layer : layer + 1], saved[layer : layer + 1] = [grown], [grown.data]
         self._table.add_pages(total - held)
 
+    # The streams advance together, so that their tokens have the same positions: those of stream 0. Pages differ.
+
     def _mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
         """Brings a page table [B, T] and the position of the block's first token [B] up to date."""
         rows = [self._table.pages(stream) for stream in range(self.batch_size)]
-        first = self._num_frames * self.frame_seqlen
-        starts = [self._table.position(stream, first) for stream in range(self.batch_size)]
-        width = page_table.shape[1]
-        page_table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
-        write_start.copy_(torch.tensor(starts, dtype=torch.int32))
+        page_table[:, : len(rows[0])] = torch.tensor(rows, dtype=torch.int32)
+        write_start.fill_(self._table.position(0, self._num_frames * self.frame_seqlen))
 
     def _mirror_spans(self, past_spans: Tensor) -> None:
         """Brings the visible past [block lengths, B, 2, 2] up to date."""
-        first_visible = [self._first_visible(index + 1) for index in range(past_spans.shape[0])]
-        num_tokens = self._num_frames * self.frame_seqlen
-        spans = [self._table.spans(stream, first_visible, num_tokens) for stream in range(self.batch_size)]
-        past_spans.copy_(torch.tensor(spans, dtype=torch.int32).transpose(0, 1))
+        first_visible = [self._first_visible(length) for length in range(1, past_spans.shape[0] + 1)]
+        spans = self._table.spans(0, first_visible, self._num_frames * self.frame_seqlen)
+        past_spans.copy_(torch.tensor(spans, dtype=torch.int32).unsqueeze(1))
 
 
 class KVCacheView:

@@ -15,12 +15,12 @@ constexpr int64_t kMaxHeadDim = 256, kHeadDimMultiple = 8;
 
 // Where the keys are: the arguments after q, k, v of both ops (csrc/ops.cpp).
 struct Geometry {
-  const Tensor& block_starts;         // [N + 1]
-  const Tensor& span_offsets;         // [N + 1]
-  const Tensor& spans;                // [S, 2]
-  const Tensor& key_starts;           // [M + 1]
-  const Tensor& query_span_offsets;   // [M + 1]
-  const Tensor& query_spans;          // [R, 2]
+  const Tensor& block_starts;               // [N + 1]
+  const Tensor& span_offsets;               // [N + 1]
+  const Tensor& spans;                      // [S, 2]
+  const Tensor& key_starts;                 // [M + 1]
+  const Tensor& query_span_offsets;         // [M + 1]
+  const Tensor& query_spans;                // [R, 2]
   const std::optional<Tensor>& k_pages;     // [P, page_size, H_kv, D]
   const std::optional<Tensor>& v_pages;     // [P, page_size, H_kv, D]
   const std::optional<Tensor>& page_table;  // [B, T]
@@ -54,8 +54,8 @@ PagedPast paged_past(const Geometry& g, const Tensor& q, const Tensor& k) {
   check_shape(*g.k_pages, "attention: k_pages", "[P, page_size, H_kv, D]", {kAnySize, kAnySize, heads, head_dim});
   check_shape(*g.v_pages, "attention: v_pages", "[P, page_size, H_kv, D] like k_pages",
               {g.k_pages->size(0), g.k_pages->size(1), heads, head_dim});
-  for (const auto& [pages, name] : {std::pair<const Tensor&, const char*>{*g.k_pages, "attention: k_pages"},
-                                    {*g.v_pages, "attention: v_pages"}}) {
+  for (const auto& [pages, name] :
+       {std::pair<const Tensor&, const char*>{*g.k_pages, "attention: k_pages"}, {*g.v_pages, "attention: v_pages"}}) {
     check_same_dtype(pages, name, q, "q");
     check_same_device(pages, name, q, "q");
     check_last_dim_contiguous(pages, name);
@@ -176,17 +176,16 @@ Tensor workspace(AttentionParams& p, int64_t bytes, const Tensor& like) {
   return memory;
 }
 
-Tensor empty_like_contiguous(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, tensor.sizes());
-}
+Tensor empty_like_contiguous(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-std::tuple<Tensor, Tensor> attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_starts, const Tensor& span_offsets,
-    const Tensor& spans, const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
-    const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
-    const std::optional<Tensor>& page_table, const std::optional<Tensor>& past_spans, double softmax_scale) {
-  const Geometry geometry{block_starts, span_offsets, spans,      key_starts, query_span_offsets,
-                          query_spans,  k_pages,      v_pages,    page_table, past_spans};
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_starts,
+                                     const Tensor& span_offsets, const Tensor& spans, const Tensor& key_starts,
+                                     const Tensor& query_span_offsets, const Tensor& query_spans,
+                                     const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
+                                     const std::optional<Tensor>& page_table, const std::optional<Tensor>& past_spans,
+                                     double softmax_scale) {
+  const Geometry geometry{block_starts, span_offsets, spans,   key_starts, query_span_offsets,
+                          query_spans,  k_pages,      v_pages, page_table, past_spans};
   AttentionParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
   Tensor out = empty_like_contiguous(q);
@@ -201,22 +200,21 @@ std::tuple<Tensor, Tensor> attention(
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& given_grad_out, const std::optional<Tensor>& given_grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& span_offsets, const Tensor& spans,
-    const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
-    const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
-    const std::optional<Tensor>& page_table, const std::optional<Tensor>& past_spans, double softmax_scale) {
-  const Geometry geometry{block_starts, span_offsets, spans,      key_starts, query_span_offsets,
-                          query_spans,  k_pages,      v_pages,    page_table, past_spans};
+    const Tensor& given_grad_out, const std::optional<Tensor>& given_grad_lse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& span_offsets,
+    const Tensor& spans, const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
+    const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages, const std::optional<Tensor>& page_table,
+    const std::optional<Tensor>& past_spans, double softmax_scale) {
+  const Geometry geometry{block_starts, span_offsets, spans,   key_starts, query_span_offsets,
+                          query_spans,  k_pages,      v_pages, page_table, past_spans};
   AttentionBackwardParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
   // Autograd may hand over anything, such as the expanded gradient of a sum.
   const Tensor grad_out = with_contiguous_last_dim(given_grad_out);
   std::optional<Tensor> grad_lse;
   if (given_grad_lse.has_value()) grad_lse = torch::stable::contiguous(*given_grad_lse);
-  for (const auto& [tensor, name] :
-       {std::pair<const Tensor&, const char*>{grad_out, "attention_backward: grad_out"},
-        {out, "attention_backward: out"}}) {
+  for (const auto& [tensor, name] : {std::pair<const Tensor&, const char*>{grad_out, "attention_backward: grad_out"},
+                                     {out, "attention_backward: out"}}) {
     check_shape(tensor, name, "[B, Lq, H, D] like q", {q.size(0), q.size(1), q.size(2), q.size(3)});
     check_same_dtype(tensor, name, q, "q");
     check_same_device(tensor, name, q, "q");

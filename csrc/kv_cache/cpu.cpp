@@ -20,13 +20,18 @@ void write_run(const KVCacheWriteParams& p, const Side& side, int64_t stream, in
   const int64_t head_bytes = p.head_dim * element;
   const char* from = static_cast<const char*>(side.from->data) + stream * side.from->batch_stride * element;
   char* to = side.pages + (page * side.page_stride + offset * side.token_stride) * element;
-  const bool heads_adjoin =
-      side.head_stride == p.head_dim && (side.from->head_stride == p.head_dim || p.num_kv_heads == 1);
+  const int64_t token_elements = static_cast<int64_t>(p.num_kv_heads) * p.head_dim;
+  const bool one_head = p.num_kv_heads == 1;
+  const bool heads_adjoin = one_head || (side.head_stride == p.head_dim && side.from->head_stride == p.head_dim);
+  if (heads_adjoin && side.token_stride == token_elements && side.from->token_stride == token_elements) {
+    std::memcpy(to, from + begin * token_elements * element, (end - begin) * token_elements * element);
+    return;
+  }
   for (int64_t token = begin; token < end; ++token) {
     const char* source = from + token * side.from->token_stride * element;
     char* target = to + (token - begin) * side.token_stride * element;
     if (heads_adjoin) {
-      std::memcpy(target, source, p.num_kv_heads * head_bytes);
+      std::memcpy(target, source, token_elements * element);
       continue;
     }
     for (int64_t head = 0; head < p.num_kv_heads; ++head)
