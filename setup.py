@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -117,4 +118,6 @@ class CMakeBuild(build_ext):
         """In-place builds already wrote into the package's folder."""
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml
+    stop(f"setuptools is {setuptools.__version__}, but must be 77 or newer; run `pip install --upgrade setuptools`")
 setup(ext_modules=[Extension("selfforcing_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
