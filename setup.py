@@ -78,6 +78,15 @@ def cuda_arguments(torch_cuda: str | None) -> list[str]:
     return ["-DSELFFORCING_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
 
 
+def changes_cuda_compiler(cache: Path, arguments: list[str]) -> bool:
+    """Whether the arguments name another nvcc than the one that the cache was made with."""
+    prefix = "-DCMAKE_CUDA_COMPILER="
+    nvcc = next((argument.removeprefix(prefix) for argument in arguments if argument.startswith(prefix)), None)
+    if nvcc is None or not cache.exists():
+        return False
+    return re.search(rf"^CMAKE_CUDA_COMPILER:\w+={re.escape(nvcc)}$", cache.read_text(), re.MULTILINE) is None
+
+
 class CMakeBuild(build_ext):
     """One CMake run makes every shared object; the extensions listed below only tell setuptools their names."""
 
@@ -109,6 +118,8 @@ class CMakeBuild(build_ext):
             f"-DSELFFORCING_OUTPUT_DIR={output}",
             *cuda_arguments(torch_cuda),
         ]
+        if changes_cuda_compiler(build / "CMakeCache.txt", configure):
+            configure.append("--fresh")  # else CMake starts anew by itself and forgets the arguments
         jobs = os.environ.get("MAX_JOBS")
         for command in (configure, ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])]):
             if subprocess.run(command).returncode:
