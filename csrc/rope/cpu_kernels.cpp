@@ -17,8 +17,8 @@ class TokenAngles {
   TokenAngles(const RopeParams& params, int64_t token) : axes_(params.axes) {
     int64_t rest = token;
     for (int axis = 2; axis >= 0; --axis) {
-      position_[axis] = axes_.size[axis] > 0 ? rest % axes_.size[axis] : 0;
-      rest /= axes_.size[axis] > 0 ? axes_.size[axis] : 1;
+      position_[axis] = rest % axes_.size[axis];
+      rest = rest / axes_.size[axis];
       rows_[axis] = params.table + 4 * axes_.table_offset(axis);
     }
     for (int axis = 0; axis < 3; ++axis) gather(axis);
