@@ -101,6 +101,14 @@ ATTENTION_CASES = (
     AttentionCase(num_queries=5, num_keys=3, batch=3, head_dim=8),
 )
 
+# Large enough that errors average out and can be compared with torch's to a few percent.
+LARGE_ATTENTION_CASES = (
+    *(AttentionCase(BlockCausalMask(6, 200, 3), head_dim=dim) for dim in (32, 64, 128)),
+    AttentionCase(BlockCausalMask(12, 100, 3, window_frames=7, sink_frames=1), heads=4, kv_heads=2),
+    AttentionCase(BlockCausalMask(4, 150, 2, teacher_forcing=True), batch=2, layout="packed"),
+    AttentionCase(num_queries=400, num_keys=2000),
+)
+
 
 @dataclass(frozen=True)
 class PagedCase:

@@ -49,6 +49,10 @@ def test_accuracy_is_measured_against_the_baseline():
     assert_as_accurate(torch.full((100,), 1 + 1.05e-4), baseline, exact)
     with pytest.raises(AssertionError, match=r"1\.1 x that of torch"):
         assert_as_accurate(torch.full((100,), 1 + 1.2e-4), baseline, exact)
+    # Sums of few terms may be off by chance, large results may not.
+    with pytest.raises(AssertionError, match=r"relative error 3\.\d+e-07 > 1\.\d+e-07 = 1\.1 x"):
+        assert_as_accurate(torch.full((100,), 1 + 3e-7), torch.full((100,), 1 + 1e-7), exact, sum_rounding=0)
+    assert_as_accurate(torch.full((100,), 1 + 3e-7), torch.full((100,), 1 + 1e-7), exact)
     # Better than half a unit in the last place cannot be asked for.
     assert_as_accurate(torch.full((100,), 1 + 1e-3, dtype=torch.bfloat16), exact, exact)
 
