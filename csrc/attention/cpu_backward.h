@@ -7,286 +7,17 @@
 #pragma once
 #include <sched.h>
 
-#include "cpu_layout.h"
+#include "cpu_backward_pack.h"
 
 namespace selfforcing {
 namespace SELFFORCING_ISA {
 
-inline constexpr int kBackwardTileKeys = 128;
-inline constexpr int kBackwardChunkLanes = 512;
-// With this many heads per thread each is done by one thread from start to end; with fewer, threads share heads.
-inline constexpr int kWholeHeadsPerThread = 8;
-// What packed queries may take; heads beyond that wait for their turn.
-inline constexpr int64_t kMostPackedBytes = int64_t{256} << 20;
-
-// Neighbouring panels, up to kBackwardChunkLanes.
-struct QueryChunk {
-  int32_t first_panel, num_panels;
-  int32_t lane, lanes;
-  int32_t first_query, end_query;
-};
-
-// Keys [key, key + count) of k and v, all of one block of query_spans.
-struct KeyTile {
-  int32_t block, key, count;
-};
-
-// Packed queries of one head.
-struct HeadBuffers {
-  float *queries, *grads;         // per panel words [word][lane], of q and grad_out
-  float *query_rows, *grad_rows;  // words [lane / kPack][d], joined over neighbouring lanes
-  float* grad_q;                  // [lane][d]: sums, softmax_scale not applied
-  float *lse, *delta;             // [lane]: lse; rowsum(out * grad_out) - grad_lse
-  int32_t* tiles_done;            // [chunk]: 1 + the last tile whose part is in grad_q
-};
-
-// Packed keys of a tile, in the workspace of its worker.
-struct TileBuffers {
-  float *key_rows, *value_rows;        // words [key][word]
-  float* keys_joined;                  // words [key / kPack][d], joined over neighbouring keys
-  float *grad_k, *grad_v;              // [key][d]: sums
-  float *probabilities, *grad_scores;  // words [key][lane / kPack] of the chunk
-  float* grad_scores_joined;           // words [key / kPack][lane]; grad_scores itself where kPack is 1
-};
-
-struct BackwardPlan {
-  Panel* panels = nullptr;
-  QueryChunk* chunks = nullptr;
-  KeyTile* tiles = nullptr;
-  int32_t num_panels = 0, num_chunks = 0, num_tiles = 0;
-  int32_t past_tiles = 0;                   // of the stream that has most
-  int32_t lanes = 0;                        // of all panels
-  int32_t row_words = 0, joined_words = 0;  // length of a row of probabilities, of joined gradients
-  bool whole_heads = false;
-  int32_t slots = 0;  // K/V heads whose queries are packed at a time
-  char *slot_memory = nullptr, *workers = nullptr;
-  int64_t slot_bytes = 0, worker_bytes = 0, bytes = 0;
-};
-
-template <typename Op>
-HeadBuffers take_head_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
-  const int64_t words = static_cast<int64_t>(plan.lanes) * (dim / Op::kPack), padded_dim = round_up(dim, kLanes);
-  HeadBuffers head;
-  head.queries = arena.take<float>(words);
-  head.grads = arena.take<float>(words);
-  head.query_rows = arena.take<float>(plan.lanes / Op::kPack * padded_dim);
-  head.grad_rows = arena.take<float>(plan.lanes / Op::kPack * padded_dim);
-  head.grad_q = arena.take<float>(plan.lanes * padded_dim);
-  head.lse = arena.take<float>(plan.lanes);
-  head.delta = arena.take<float>(plan.lanes);
-  head.tiles_done = arena.take<int32_t>(plan.num_chunks);
-  return head;
-}
-
-template <typename Op>
-HeadBuffers head_in_slot(const BackwardPlan& plan, int slot, int head_in_group, int dim) {
-  Arena arena(plan.slot_memory + slot * plan.slot_bytes);
-  HeadBuffers head = take_head_buffers<Op>(arena, plan, dim);
-  for (; head_in_group > 0; --head_in_group) head = take_head_buffers<Op>(arena, plan, dim);
-  return head;
-}
-
-template <typename Op>
-TileBuffers take_tile_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
-  constexpr int64_t kKeys = kBackwardTileKeys;
-  const int words = dim / Op::kPack, padded_dim = round_up(dim, kLanes);
-  TileBuffers tile;
-  tile.key_rows = arena.take<float>(kKeys * words);
-  tile.value_rows = arena.take<float>(kKeys * words);
-  tile.keys_joined = arena.take<float>(kKeys / Op::kPack * padded_dim);
-  tile.grad_k = arena.take<float>(kKeys * padded_dim);
-  tile.grad_v = arena.take<float>(kKeys * padded_dim);
-  tile.probabilities = arena.take<float>(kKeys * plan.row_words);
-  tile.grad_scores = arena.take<float>(kKeys * plan.row_words);
-  tile.grad_scores_joined =
-      Op::kPack == 1 ? tile.grad_scores : arena.take<float>(kKeys / Op::kPack * plan.joined_words);
-  return tile;
-}
-
-template <typename Visit>
-void for_each_chunk(const SpanTable& spans, const Visit& visit) {
-  QueryChunk chunk{};
-  for_each_panel(spans, [&](const Panel& panel, int) {
-    if (chunk.lanes + panel.vectors * kLanes > kBackwardChunkLanes) {
-      visit(chunk);
-      chunk = {chunk.first_panel + chunk.num_panels, 0, panel.lane, 0, panel.query, panel.query};
-    }
-    ++chunk.num_panels;
-    chunk.lanes += panel.vectors * kLanes;
-    chunk.end_query = panel.query + panel.count;
-  });
-  if (chunk.num_panels > 0) visit(chunk);
-}
-
-template <typename Visit>
-void for_each_key_tile(const SpanTable& query_spans, const Visit& visit) {
-  for (int block = 0; block < query_spans.num_blocks; ++block) {
-    const int start = query_spans.block_starts[block], end = query_spans.block_starts[block + 1];
-    const int size = tile_size(end - start, kBackwardTileKeys);
-    for (int key = start; key < end; key += size) visit(KeyTile{block, key, end - key < size ? end - key : size});
-  }
-}
-
-template <typename Op>
-BackwardPlan plan_backward(const AttentionBackwardParams& p) {
-  BackwardPlan plan;
-  int most_lanes = 0;
-  for_each_panel(p.spans, [&](const Panel& panel, int) {
-    ++plan.num_panels;
-    plan.lanes = panel.lane + panel.vectors * kLanes;
-  });
-  for_each_chunk(p.spans, [&](const QueryChunk& chunk) {
-    ++plan.num_chunks;
-    most_lanes = chunk.lanes > most_lanes ? chunk.lanes : most_lanes;
-  });
-  for_each_key_tile(p.query_spans, [&](const KeyTile&) { ++plan.num_tiles; });
-  for (int batch = 0; batch < p.batch; ++batch) {
-    const int64_t past = VisibleKeys<Op>(p, batch, 0, -1).count();
-    const int tiles = static_cast<int>((past + kBackwardTileKeys - 1) / kBackwardTileKeys);
-    plan.past_tiles = tiles > plan.past_tiles ? tiles : plan.past_tiles;
-  }
-  // A vector more than needed, so that rows do not all fall on the same few sets of the cache.
-  plan.row_words = most_lanes / Op::kPack + kLanes;
-  plan.joined_words = most_lanes + kLanes;
-
-  Arena arena(p.workspace);
-  plan.panels = arena.take<Panel>(plan.num_panels);
-  plan.chunks = arena.take<QueryChunk>(plan.num_chunks);
-  plan.tiles = arena.take<KeyTile>(plan.num_tiles);
-  if (p.workspace != nullptr) {
-    int panel = 0, chunk = 0, tile = 0;
-    for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
-    for_each_chunk(p.spans, [&](const QueryChunk& value) { plan.chunks[chunk++] = value; });
-    for_each_key_tile(p.query_spans, [&](const KeyTile& value) { plan.tiles[tile++] = value; });
-  }
-
-  Arena one_slot(nullptr), one_worker(nullptr);
-  for (int head = 0; head < p.num_heads / p.num_kv_heads; ++head) take_head_buffers<Op>(one_slot, plan, p.head_dim);
-  take_tile_buffers<Op>(one_worker, plan, p.head_dim);
-  plan.slot_bytes = one_slot.used();
-  plan.worker_bytes = one_worker.used();
-
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, threads = p.parallel.num_threads;
-  int64_t slots = heads < threads ? heads : threads;
-  if (slots * plan.slot_bytes > kMostPackedBytes) slots = kMostPackedBytes / plan.slot_bytes;
-  plan.slots = slots < 1 ? 1 : static_cast<int32_t>(slots);
-  plan.whole_heads = plan.slots == threads && (threads == 1 || heads >= kWholeHeadsPerThread * threads);
-  plan.slot_memory = arena.take<char>(plan.slot_bytes * plan.slots);
-  plan.workers = arena.take<char>(plan.worker_bytes * threads);
-  plan.bytes = arena.used();
-  return plan;
-}
-
-// ---- Queries
-
-// delta of kLanes rows; those from `count` on are 0.
-template <typename Op>
-Floats row_products(Row<Op> a, int64_t a_stride, Row<Op> b, int64_t b_stride, int count, int dim) {
-  Floats products[kLanes] = {};
-  for (int i = 0; i < count; ++i)
-    for (int d = 0; d < dim; d += kLanes) {
-      const int columns = dim - d < kLanes ? dim - d : kLanes;
-      products[i] = multiply_add(load<typename Op::Element>(a + i * a_stride + d, columns),
-                                 load<typename Op::Element>(b + i * b_stride + d, columns), products[i]);
-    }
-  transpose(products);
-  Floats sum{};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sum += products[i];
-  return sum;
-}
-
-// Rows of queries as words [lane / kPack][d]; rows from `count` to `lanes` are 0.
-template <typename Op>
-void pack_joined(float* to, Row<Op> rows, int64_t stride, int count, int lanes, int dim) {
-  alignas(64) static constexpr typename Op::Storage kZeros[256] = {};
-  const int padded_dim = round_up(dim, kLanes);
-  for (int lane = 0; lane < lanes; lane += Op::kPack) {
-    Row<Op> joined[Op::kPack];
-    for (int i = 0; i < Op::kPack; ++i) joined[i] = lane + i < count ? rows + (lane + i) * stride : kZeros;
-    Op::join_rows(joined, dim, [&](int d, Floats words) { store(to + lane / Op::kPack * padded_dim + d, words); });
-  }
-}
-
-template <typename Op>
-void pack_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, int chunk_index, int batch, int head,
-                const HeadBuffers& to) {
-  const QueryChunk& chunk = plan.chunks[chunk_index];
-  const int dim = p.head_dim, words = dim / Op::kPack, padded_dim = round_up(dim, kLanes);
-  to.tiles_done[chunk_index] = 0;
-  memset(to.grad_q + static_cast<int64_t>(chunk.lane) * padded_dim, 0,
-         static_cast<size_t>(chunk.lanes) * padded_dim * sizeof(float));
-  for (int i = chunk.first_panel; i < chunk.first_panel + chunk.num_panels; ++i) {
-    const Panel& panel = plan.panels[i];
-    const int64_t lane = panel.lane;
-    const Row<Op> q = row_of<Op>(p.q, batch, head, panel.query),
-                  grad = row_of<Op>(p.grad_out, batch, head, panel.query);
-    const Row<Op> out = row_of<Op>(p.out, batch, head, panel.query);
-    pack_lanes<Op>(to.queries + lane * words, panel.vectors, q, p.q.token_stride, panel.count, dim, 0);
-    pack_lanes<Op>(to.grads + lane * words, panel.vectors, grad, p.grad_out.token_stride, panel.count, dim, 0);
-    pack_joined<Op>(to.query_rows + lane / Op::kPack * padded_dim, q, p.q.token_stride, panel.count,
-                    panel.vectors * kLanes, dim);
-    pack_joined<Op>(to.grad_rows + lane / Op::kPack * padded_dim, grad, p.grad_out.token_stride, panel.count,
-                    panel.vectors * kLanes, dim);
-    const int64_t row = (static_cast<int64_t>(batch) * p.num_heads + head) * p.num_queries + panel.query;
-    for (int first = 0; first < panel.vectors * kLanes; first += kLanes) {
-      const int count = panel.count - first < kLanes ? panel.count - first : kLanes;
-      Floats delta = row_products<Op>(out + first * p.out.token_stride, p.out.token_stride,
-                                      grad + first * p.grad_out.token_stride, p.grad_out.token_stride, count, dim);
-      if (p.grad_lse != nullptr) delta -= load<Float32>(p.grad_lse + row + first, count);
-      store(to.delta + lane + first, delta);
-      store(to.lse + lane + first, load<Float32>(p.lse + row + first, count));
-      // Padding has probability 0.
-      for (int i = count; i < kLanes; ++i) to.lse[lane + first + i] = 1e30f;
-    }
-  }
-}
-
-template <typename Op>
-void write_grad_q(const AttentionBackwardParams& p, const BackwardPlan& plan, const QueryChunk& chunk, int batch,
-                  int head, const HeadBuffers& from) {
-  const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
-  for (int i = chunk.first_panel; i < chunk.first_panel + chunk.num_panels; ++i) {
-    const Panel& panel = plan.panels[i];
-    for (int query = 0; query < panel.count; ++query) {
-      auto* to = row_of<Op>(p.grad_q, batch, head, panel.query + query);
-      const float* sums = from.grad_q + static_cast<int64_t>(panel.lane + query) * padded_dim;
-      for (int d = 0; d < dim; d += kLanes)
-        store<typename Op::Element>(to + d, load(sums + d) * p.softmax_scale, dim - d < kLanes ? dim - d : kLanes);
-    }
-  }
-}
-
-// ---- Keys
-
-template <typename Op>
-void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const TileBuffers& to) {
-  alignas(64) static constexpr typename Op::Storage kZeros[256] = {};
-  const int words = dim / Op::kPack, padded_dim = round_up(dim, kLanes), padded = round_up(count, kKeyMultiple);
-  Row<Op> joined[Op::kPack] = {};
-  for (int key = 0, in_run = 0; key < padded; ++key, ++in_run) {
-    if (past != nullptr && key < count && (key == 0 || in_run == run.count)) {
-      run = past->next(count - key);
-      in_run = 0;
-    }
-    const Row<Op> k = key < count ? run.k + in_run * run.k_stride : kZeros;
-    const Row<Op> v = key < count ? run.v + in_run * run.v_stride : kZeros;
-    prefetch_row<Op>(k + kPrefetchRows * run.k_stride, dim);
-    prefetch_row<Op>(v + kPrefetchRows * run.v_stride, dim);
-    pack_row<Op>(to.key_rows + key * words, k, dim);
-    pack_row<Op>(to.value_rows + key * words, v, dim);
-    joined[key % Op::kPack] = k;
-    if (key % Op::kPack == Op::kPack - 1)
-      Op::join_rows(joined, dim,
-                    [&](int d, Floats value) { store(to.keys_joined + key / Op::kPack * padded_dim + d, value); });
-  }
-}
-
 // Probabilities and gradients of scores of one panel against `count` keys; the panel's lanes start at `offset` of a
 // row.
 template <typename Op, int kVectors>
-__attribute__((noinline)) void grade_panel(const TileBuffers& tile, const BackwardPlan& plan, const HeadBuffers& head,
-                                           int64_t lane, int offset, int count, int dim, float softmax_scale) {
+__attribute__((noinline)) void differentiate_panel(const TileBuffers& tile, const BackwardPlan& plan,
+                                                   const HeadBuffers& head, int64_t lane, int offset, int count,
+                                                   int dim, float softmax_scale) {
   constexpr int kWidth = kVectors * kLanes;
   const int words = dim / Op::kPack, padded = round_up(count, kKeyMultiple);
   for (int key = 0; key < padded; key += kTileRows) {
@@ -361,6 +92,21 @@ __attribute__((noinline)) void accumulate(float* sums, int length, int rows, con
 }
 
 template <typename Op>
+void write_grad_q(const AttentionBackwardParams& p, const BackwardPlan& plan, const QueryChunk& chunk, int batch,
+                  int head, const HeadBuffers& from) {
+  const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
+  for (int i = chunk.first_panel; i < chunk.first_panel + chunk.num_panels; ++i) {
+    const Panel& panel = plan.panels[i];
+    for (int query = 0; query < panel.count; ++query) {
+      auto* to = row_of<Op>(p.grad_q, batch, head, panel.query + query);
+      const float* sums = from.grad_q + static_cast<int64_t>(panel.lane + query) * padded_dim;
+      for (int d = 0; d < dim; d += kLanes)
+        store<typename Op::Element>(to + d, load(sums + d) * p.softmax_scale, dim - d < kLanes ? dim - d : kLanes);
+    }
+  }
+}
+
+template <typename Op>
 void write_grad_keys(const MutableHeads& to, int batch, int kv_head, const KeyTile& keys, const float* sums,
                      float factor, int dim) {
   const int padded_dim = round_up(dim, kLanes);
@@ -392,9 +138,9 @@ inline void await_turn(const AttentionBackwardParams& p, const BackwardPlan& pla
 
 // The part of a chunk whose queries lie in [first_query, end_query) against the packed tile.
 template <typename Op, typename AwaitTurn>
-void grade_queries(const AttentionBackwardParams& p, const BackwardPlan& plan, const QueryChunk& chunk, int first_query,
-                   int end_query, const HeadBuffers& head, const TileBuffers& tile, int count, bool past,
-                   const AwaitTurn& await) {
+void differentiate_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, const QueryChunk& chunk,
+                         int first_query, int end_query, const HeadBuffers& head, const TileBuffers& tile, int count,
+                         bool past, const AwaitTurn& await) {
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), padded = round_up(count, kKeyMultiple);
   int64_t lane = -1;
   int lanes = 0;
@@ -403,7 +149,8 @@ void grade_queries(const AttentionBackwardParams& p, const BackwardPlan& plan, c
     if (panel.query < first_query || panel.query >= end_query) continue;
     if (lane < 0) lane = panel.lane;
     with_vectors(panel.vectors, [&](auto vectors) {
-      grade_panel<Op, decltype(vectors)::kValue>(tile, plan, head, panel.lane, lanes, count, dim, p.softmax_scale);
+      differentiate_panel<Op, decltype(vectors)::kValue>(tile, plan, head, panel.lane, lanes, count, dim,
+                                                         p.softmax_scale);
     });
     lanes += panel.vectors * kLanes;
   }
@@ -421,8 +168,8 @@ void grade_queries(const AttentionBackwardParams& p, const BackwardPlan& plan, c
 
 // `index` counts the tiles of the past first. `in_turn`: other threads work on the same head.
 template <typename Op>
-void grade_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int slot, int batch, int kv_head, int index,
-                bool in_turn, const TileBuffers& tile) {
+void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int slot, int batch, int kv_head,
+                        int index, bool in_turn, const TileBuffers& tile) {
   VisibleKeys<Op> visible_past(p, batch, kv_head, -1);
   const int64_t past_keys = visible_past.count();
   const int past_size = tile_size(past_keys, kBackwardTileKeys);
@@ -460,9 +207,10 @@ void grade_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int 
       bool added = false;
       for (int span = 0; span < num_spans; ++span) {
         if (spans[2 * span] >= chunk.end_query || chunk.first_query >= spans[2 * span + 1]) continue;
-        grade_queries<Op>(p, plan, chunk, spans[2 * span], spans[2 * span + 1], head, tile, keys.count, past, [&] {
-          if (in_turn && !added) await_turn(p, plan, past_tiles, index, c, head.tiles_done + c);
-        });
+        differentiate_chunk<Op>(p, plan, chunk, spans[2 * span], spans[2 * span + 1], head, tile, keys.count, past,
+                                [&] {
+                                  if (in_turn && !added) await_turn(p, plan, past_tiles, index, c, head.tiles_done + c);
+                                });
         added = true;
       }
       if (in_turn && added) __atomic_store_n(head.tiles_done + c, index + 1, __ATOMIC_RELEASE);
@@ -483,11 +231,11 @@ void backward(const AttentionBackwardParams& p) {
     const int head = static_cast<int>(kv_head % p.num_kv_heads) * group + in_group;
     pack_chunk<Op>(p, plan, chunk, batch, head, head_in_slot<Op>(plan, slot, in_group, p.head_dim));
   };
-  const auto grade = [&](int slot, int64_t kv_head, int tile, bool in_turn, int32_t worker) {
+  const auto differentiate = [&](int slot, int64_t kv_head, int tile, bool in_turn, int32_t worker) {
     Arena arena(plan.workers + worker * plan.worker_bytes);
-    grade_tile<Op>(p, plan, slot, static_cast<int>(kv_head / p.num_kv_heads),
-                   static_cast<int>(kv_head % p.num_kv_heads), tile, in_turn,
-                   take_tile_buffers<Op>(arena, plan, p.head_dim));
+    differentiate_tile<Op>(p, plan, slot, static_cast<int>(kv_head / p.num_kv_heads),
+                           static_cast<int>(kv_head % p.num_kv_heads), tile, in_turn,
+                           take_tile_buffers<Op>(arena, plan, p.head_dim));
   };
   const auto write = [&](int slot, int64_t kv_head, int in_group, int chunk) {
     const int batch = static_cast<int>(kv_head / p.num_kv_heads);
@@ -499,7 +247,7 @@ void backward(const AttentionBackwardParams& p) {
     p.parallel.for_each(heads, [&](int64_t kv_head, int32_t worker) {
       for (int i = 0; i < group; ++i)
         for (int chunk = 0; chunk < plan.num_chunks; ++chunk) pack(worker, kv_head, i, chunk);
-      for (int tile = 0; tile < tiles; ++tile) grade(worker, kv_head, tile, false, worker);
+      for (int tile = 0; tile < tiles; ++tile) differentiate(worker, kv_head, tile, false, worker);
       for (int i = 0; i < group; ++i)
         for (int chunk = 0; chunk < plan.num_chunks; ++chunk) write(worker, kv_head, i, chunk);
     });
@@ -518,7 +266,7 @@ void backward(const AttentionBackwardParams& p) {
     for_each_query_chunk(pack);
     p.parallel.for_each(slots * tiles, [&](int64_t item, int32_t worker) {
       const int slot = static_cast<int>(item % slots);
-      grade(slot, first + slot, static_cast<int>(item / slots), true, worker);
+      differentiate(slot, first + slot, static_cast<int>(item / slots), true, worker);
     });
     for_each_query_chunk(write);
   }

@@ -35,7 +35,7 @@ struct AttentionBackwardParams : AttentionParams {
   SpanTable query_spans;  // the transpose: rows are keys, columns queries; every key lies in exactly one row block
   ConstHeads grad_out;    // [B, Lq, H, D]
   const float* grad_lse = nullptr;  // [B, H, Lq] contiguous, or nullptr
-  float* delta = nullptr;           // [B, H, Lq], scratch for rowsum(out * grad_out) - grad_lse
+  float* delta = nullptr;           // CUDA: [B, H, Lq], scratch for rowsum(out * grad_out) - grad_lse
   MutableHeads grad_q, grad_k, grad_v;  // shaped like q, k, v; every element is written
   // In a backward call `out` and `lse` of the base are inputs.
 };

@@ -166,6 +166,7 @@ inline std::vector<Case> cases() {
   all.push_back(block_causal("blocks beside tiles", 1, 2, 64, 5, 29));
   all.push_back(block_causal("one query a block", 1, 1, 32, 9, 1));
   all.push_back(block_causal("long block causal", 1, 1, 64, 3, 450));
+  all.push_back(block_causal("many heads", 6, 3, 16, 2, 20));
   all.push_back({"window and sink",
                  2,
                  4,
