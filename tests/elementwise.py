@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from compare import ACCURACY_FACTOR, assert_close, relative_error
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def padded(tensor: Tensor, dims: tuple[int, ...] = (0, 1)) -> Tensor:
     """The same values as a view into a larger tensor of NaN, with gaps along ``dims``; gradient flows through."""
     shape = [size + (3 if dim in dims else 0) for dim, size in enumerate(tensor.shape)]
-    view = torch.full(shape, torch.nan, dtype=tensor.dtype)
+    view = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
     for dim, size in enumerate(tensor.shape):
         view = view.narrow(dim, 1 if dim in dims and size else 0, size)
     return view.copy_(tensor)
@@ -39,15 +41,19 @@ def assert_parity(
     inputs: Mapping[str, Tensor],  # float64
     dtypes: Mapping[str, torch.dtype],
     layout: Callable[[Tensor], Tensor] | None = None,
+    device: str = "cpu",
+    constants: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Outputs and all gradients of an op are as close to float64 as those of its definition in the same dtypes.
 
-    Both get the inputs as keyword arguments, rounded to ``dtypes``; ours in the memory layout that ``layout`` gives.
+    Both get the inputs as keyword arguments, rounded to ``dtypes``; ours on ``device`` and in the memory layout that
+    ``layout`` gives. Constants are passed as they are, without gradient.
     """
+    constants = constants or {}
     rounded = {name: tensor.to(dtypes[name]) for name, tensor in inputs.items()}
-    exact = _outputs_and_gradients(definition, {name: tensor.double() for name, tensor in rounded.items()})
-    expected = _outputs_and_gradients(definition, rounded)
-    actual = _outputs_and_gradients(ours, rounded, layout)
+    exact = _outputs_and_gradients(definition, {name: tensor.double() for name, tensor in rounded.items()}, constants)
+    expected = _outputs_and_gradients(definition, rounded, constants)
+    actual = _outputs_and_gradients(ours, rounded, constants, layout, device)
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         assert value.dtype == expected[name].dtype, name
@@ -61,13 +67,20 @@ def assert_as_accurate(actual: Tensor, expected: Tensor, exact: Tensor, name: st
 
 
 def _outputs_and_gradients(
-    function: Callable[..., Any], inputs: Mapping[str, Tensor], layout: Callable[[Tensor], Tensor] | None = None
+    function: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    layout: Callable[[Tensor], Tensor] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
-    result = function(**{name: layout(leaf) if layout else leaf for name, leaf in leaves.items()})
+    arguments = {name: leaf.to(device) for name, leaf in leaves.items()}
+    if layout:
+        arguments = {name: layout(argument) for name, argument in arguments.items()}
+    result = function(**arguments, **{name: constant.to(device) for name, constant in constants.items()})
     outputs = [output for output in (result if isinstance(result, tuple) else (result,)) if output is not None]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
-    torch.autograd.backward(outputs, [weight.to(output.dtype) for weight, output in zip(weights, outputs, strict=True)])
-    values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    torch.autograd.backward(outputs, [weight.to(output) for weight, output in zip(weights, outputs, strict=True)])
+    values = {f"output {i}": output.detach().cpu() for i, output in enumerate(outputs)}
     return values | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from compare import assert_same_bits
-from elementwise import DTYPES, NAMES, assert_as_accurate, assert_parity, num_threads, padded
+from elementwise import DEVICES, DTYPES, NAMES, assert_as_accurate, assert_parity, num_threads, padded
 
 from python_ref.ops import denoise as definition
 from selfforcing_ext import add_noise, denoise_step, dmd_gradient, guided_denoise_step
@@ -38,62 +38,57 @@ def sigmas(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def every_case(test):
+    test = pytest.mark.parametrize("device", DEVICES)(test)
     test = pytest.mark.parametrize("layout", LAYOUTS)(test)
     test = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)(test)
     return pytest.mark.parametrize("shape", SHAPES, ids=str)(test)
 
 
+def levels(shape: tuple[int, ...], next_step: bool) -> dict[str, torch.Tensor]:
+    return {name: sigmas(shape) for name in (["sigma", "sigma_next"] if next_step else ["sigma"])}
+
+
 @every_case
 @pytest.mark.parametrize("next_step", [False, True], ids=["x0 alone", "next step"])
-def test_denoise_step_parity(shape, dtype, layout, next_step):
-    sigma, sigma_next = sigmas(shape), sigmas(shape)
+def test_denoise_step_parity(shape, dtype, layout, device, next_step):
     names = ["flow", "x_t", "noise"] if next_step else ["flow", "x_t"]
-    levels = {"sigma": sigma, "sigma_next": sigma_next} if next_step else {"sigma": sigma}
-    assert_parity(
-        functools.partial(denoise_step, **levels),
-        functools.partial(definition.denoise_step, **levels),
-        {name: latents(shape) for name in names},
-        dict.fromkeys(names, dtype),
-        LAYOUTS[layout],
-    )
+    inputs = {name: latents(shape) for name in names}
+    dtypes = dict.fromkeys(names, dtype)
+    constants = levels(shape, next_step)
+    assert_parity(denoise_step, definition.denoise_step, inputs, dtypes, LAYOUTS[layout], device, constants)
 
 
 @every_case
 @pytest.mark.parametrize("next_step", [False, True], ids=["x0 alone", "next step"])
-def test_guided_denoise_step_parity(shape, dtype, layout, next_step):
-    sigma, sigma_next = sigmas(shape), sigmas(shape)
+def test_guided_denoise_step_parity(shape, dtype, layout, device, next_step):
     names = ["flow_cond", "flow_uncond", "x_t", *(["noise"] if next_step else [])]
-    levels = {"sigma": sigma, "sigma_next": sigma_next} if next_step else {"sigma": sigma}
     assert_parity(
-        functools.partial(guided_denoise_step, guidance_scale=3.5, **levels),
-        functools.partial(definition.guided_denoise_step, guidance_scale=3.5, **levels),
+        functools.partial(guided_denoise_step, guidance_scale=3.5),
+        functools.partial(definition.guided_denoise_step, guidance_scale=3.5),
         {name: latents(shape) for name in names},
         dict.fromkeys(names, dtype),
         LAYOUTS[layout],
+        device,
+        levels(shape, next_step),
     )
 
 
 @every_case
-def test_add_noise_parity(shape, dtype, layout):
-    sigma = sigmas(shape)
-    assert_parity(
-        functools.partial(add_noise, sigma=sigma),
-        functools.partial(definition.add_noise, sigma=sigma),
-        {"x0": latents(shape), "noise": latents(shape)},
-        dict.fromkeys(["x0", "noise"], dtype),
-        LAYOUTS[layout],
-    )
+def test_add_noise_parity(shape, dtype, layout, device):
+    inputs = {"x0": latents(shape), "noise": latents(shape)}
+    dtypes = dict.fromkeys(inputs, dtype)
+    constants = levels(shape, next_step=False)
+    assert_parity(add_noise, definition.add_noise, inputs, dtypes, LAYOUTS[layout], device, constants)
 
 
 @every_case
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
-def test_dmd_gradient_parity(shape, dtype, layout, guidance_scale):
+def test_dmd_gradient_parity(shape, dtype, layout, device, guidance_scale):
     names = ["x", "x0_fake", "x0_real_cond", *(["x0_real_uncond"] if guidance_scale else [])]
     inputs = {name: latents(shape, dtype) for name in names}
     scale = guidance_scale or 0.0
-    ours = dmd_gradient(
-        **{name: LAYOUTS[layout](x) if LAYOUTS[layout] else x for name, x in inputs.items()}, guidance_scale=scale
-    )
+    arrange = LAYOUTS[layout] or (lambda x: x)
+    ours = dmd_gradient(**{name: arrange(x.to(device)) for name, x in inputs.items()}, guidance_scale=scale)
     theirs = definition.dmd_gradient(**inputs, guidance_scale=scale)
     exact = definition.dmd_gradient(**{name: x.double() for name, x in inputs.items()}, guidance_scale=scale)
     assert ours.dtype == dtype
@@ -122,19 +117,24 @@ def test_dtypes_and_levels_are_cast():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected[1].sum(), flow)[0])
 
 
-@pytest.mark.parametrize("wanted", ["flow", "x_t", "noise", "flow noise", "x_t flow"])
-@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["of x0", "of x_next", "of both"])
-def test_only_the_gradients_that_are_asked_for(wanted, which):
+@pytest.mark.parametrize(
+    ("which", "wanted"),
+    [
+        *(((0,), wanted) for wanted in (["flow"], ["x_t"], ["flow", "x_t"])),  # noise is no part of x0
+        *(((1,), wanted) for wanted in (["flow"], ["x_t"], ["noise"], ["flow", "noise"])),
+        *(((0, 1), wanted) for wanted in (["flow"], ["x_t"], ["noise"], ["x_t", "noise"])),
+    ],
+    ids=str,
+)
+def test_only_the_gradients_that_are_asked_for(which, wanted):
     shape = (2, 3, 2, 4, 4)
     sigma, sigma_next = sigmas(shape), sigmas(shape)
     inputs = {name: latents(shape, torch.float32).requires_grad_(name in wanted) for name in ("flow", "x_t", "noise")}
-    leaves = {name: x for name, x in inputs.items() if x.requires_grad and (name != "noise" or 1 in which)}
-    if not leaves:
-        pytest.skip("noise is no part of x0")
+    leaves = [inputs[name] for name in wanted]
     gradients = []
     for op in (denoise_step, definition.denoise_step):
         outputs = op(inputs["flow"], inputs["x_t"], sigma, sigma_next, inputs["noise"])
-        gradients.append(torch.autograd.grad(sum(outputs[i].square().sum() for i in which), tuple(leaves.values())))
+        gradients.append(torch.autograd.grad(sum(outputs[i].square().sum() for i in which), leaves))
     torch.testing.assert_close(*gradients)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_same_bits
-from elementwise import DTYPES, NAMES, assert_parity, num_threads, padded
+from elementwise import DEVICES, DTYPES, NAMES, assert_parity, num_threads, padded
 
 from python_ref.ops import modulate as definition
 from selfforcing_ext import gated_residual, modulated_layer_norm
@@ -47,6 +47,7 @@ def modulation(case: Case) -> torch.Tensor:
 
 
 def every_case(test):
+    test = pytest.mark.parametrize("device", DEVICES)(test)
     test = pytest.mark.parametrize("layout", LAYOUTS)(test)
     test = pytest.mark.parametrize("modulation_dtype", [torch.float32, None], ids=["float32 modulation", "same"])(test)
     test = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)(test)
@@ -54,24 +55,26 @@ def every_case(test):
 
 
 @every_case
-def test_modulated_layer_norm_parity(case, dtype, modulation_dtype, layout):
+def test_modulated_layer_norm_parity(case, dtype, modulation_dtype, layout, device):
     assert_parity(
         lambda x, shift, scale: modulated_layer_norm(x, shift, scale, 1e-4),
         lambda x, shift, scale: definition.modulated_layer_norm(x, shift, scale, 1e-4),
         {"x": features(case), "shift": modulation(case), "scale": modulation(case)},
         {"x": dtype, "shift": modulation_dtype or dtype, "scale": modulation_dtype or dtype},
         LAYOUTS[layout],
+        device,
     )
 
 
 @every_case
-def test_gated_residual_parity(case, dtype, modulation_dtype, layout):
+def test_gated_residual_parity(case, dtype, modulation_dtype, layout, device):
     assert_parity(
         gated_residual,
         definition.gated_residual,
         {"x": features(case), "y": features(case), "gate": modulation(case)},
         {"x": dtype, "y": dtype, "gate": modulation_dtype or dtype},
         LAYOUTS[layout],
+        device,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_same_bits
-from elementwise import DTYPES, NAMES, assert_parity, num_threads, padded
+from elementwise import DEVICES, DTYPES, NAMES, assert_parity, num_threads, padded
 
 from python_ref.ops import rope as definition
 from selfforcing_ext import qk_norm_rope, rope_3d
@@ -47,24 +47,27 @@ def features(case: Case, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(case.batch, case.tokens, case.heads * case.head_dim, dtype=dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("case", [*CASES, *ODD_HEAD_DIMS], ids=str)
-def test_rope_3d_parity(case, dtype, layout):
+def test_rope_3d_parity(case, dtype, layout, device):
     assert_parity(
         lambda x: rope_3d(x, case.grid, case.start_frame),
         lambda x: definition.rope_3d(x, case.grid, case.start_frame),
         {"x": heads(case)},
         {"x": dtype},
         (lambda x: padded(x, (0, 1, 2))) if layout == "strided" else None,
+        device,
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32 weight", "same weight"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_qk_norm_rope_parity(case, dtype, weight_dtype, layout):
+def test_qk_norm_rope_parity(case, dtype, weight_dtype, layout, device):
     arguments = (case.heads, case.grid, case.start_frame, 1e-3)
     assert_parity(
         lambda x, weight: qk_norm_rope(x, weight, *arguments),
@@ -72,6 +75,7 @@ def test_qk_norm_rope_parity(case, dtype, weight_dtype, layout):
         {"x": features(case), "weight": torch.randn(case.heads * case.head_dim, dtype=torch.float64)},
         {"x": dtype, "weight": weight_dtype or dtype},
         (lambda x: padded(x) if x.ndim == 3 else x) if layout == "strided" else None,
+        device,
     )
 
 
