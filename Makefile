@@ -44,7 +44,7 @@ format: environment
 	clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: build
-	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; python $$benchmark || exit 1; done
+	@for op in attention kv_cache elementwise; do echo "== $$op"; python benchmarks/$$op.py || exit 1; done
 
 teacher: build
 	python -m python_ref.train --config configs/teacher.yaml

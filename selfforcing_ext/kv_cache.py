@@ -17,10 +17,9 @@ import weakref
 import torch
 from torch import Tensor
 
-from selfforcing_ext import _C
 from selfforcing_ext.attention import attention_over_spans, full_table, op_inputs
 from selfforcing_ext.checks import FLOAT_DTYPES, check_head_dim, check_heads, dtype_name
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import PageTable, nvtx_range, ops
 from selfforcing_ext.mask import check_window
 
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
@@ -107,7 +106,7 @@ class PagedKVCache:
         self._handle = torch.tensor([next(_handles)])
         _caches[int(self._handle)] = self
 
-        self._table = _C.PageTable(batch_size, page_size, sink_frames * frame_seqlen)
+        self._table = PageTable(batch_size, page_size, sink_frames * frame_seqlen)
         self._num_frames = 0
         self._pending_frames = 0  # of the block that is being written
         self._written: set[int] = set()  # its layers so far

@@ -13,6 +13,16 @@ from typing import ParamSpec, TypeVar
 import nvtx
 import torch
 
+try:
+    from selfforcing_ext._C import PageTable
+except ImportError as error:
+    raise ImportError(
+        f"the compiled part of selfforcing_ext cannot be loaded ({error}); run `make build` in the source tree, or "
+        "`pip install --no-build-isolation .`"
+    ) from error
+
+__all__ = ["HAS_CUDA", "PageTable", "nvtx_range", "ops"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,12 +36,8 @@ def _load(name: str) -> bool:
     return path.exists()
 
 
-if not _load("_ops_cpu"):
-    raise ImportError(
-        "the compiled ops of selfforcing_ext are missing; run `make build` in the source tree, or "
-        "`pip install --no-build-isolation .`"
-    )
-#: Whether this build has CUDA ops that this torch can load.
+_load("_ops_cpu")
+#: Whether this build has CUDA ops and this torch can load them.
 HAS_CUDA = torch.version.cuda is not None and _load("_ops_cuda")
 
 ops = torch.ops.selfforcing

@@ -18,11 +18,11 @@ struct AttentionParams {
   int32_t num_keys = 0;      // Lk, the past not counted
   float softmax_scale = 1.0f;
 
-  ConstHeads q, k, v;  // [B, Lq, H, D], [B, Lk, H_kv, D]
-  MutableHeads out;    // [B, Lq, H, D]
+  ConstHeads q, k, v;    // [B, Lq, H, D], [B, Lk, H_kv, D]
+  MutableHeads out;      // [B, Lq, H, D]
   float* lse = nullptr;  // [B, H, Lq] contiguous, natural logarithm; -inf for a row without visible keys (out is 0)
 
-  SpanTable spans;   // rows are queries, columns keys
+  SpanTable spans;  // rows are queries, columns keys
   PagedPast past;
 
   Parallel parallel;          // CPU
@@ -34,8 +34,8 @@ struct AttentionParams {
 struct AttentionBackwardParams : AttentionParams {
   SpanTable query_spans;  // the transpose: rows are keys, columns queries; every key lies in exactly one row block
   ConstHeads grad_out;    // [B, Lq, H, D]
-  const float* grad_lse = nullptr;  // [B, H, Lq] contiguous, or nullptr
-  float* delta = nullptr;           // CUDA: [B, H, Lq], scratch for rowsum(out * grad_out) - grad_lse
+  const float* grad_lse = nullptr;      // [B, H, Lq] contiguous, or nullptr
+  float* delta = nullptr;               // CUDA: [B, H, Lq], scratch for rowsum(out * grad_out) - grad_lse
   MutableHeads grad_q, grad_k, grad_v;  // shaped like q, k, v; every element is written
   // In a backward call `out` and `lse` of the base are inputs.
 };

@@ -9,9 +9,11 @@ namespace selfforcing {
 // Forward: rows are queries, columns keys. Transposed, for backward: rows are keys, columns queries.
 struct SpanTable {
   int32_t num_blocks = 0;
-  const int32_t* block_starts = nullptr;  // [num_blocks + 1]: block i covers rows [block_starts[i], block_starts[i + 1])
-  const int32_t* span_offsets = nullptr;  // [num_blocks + 1]: its spans are spans[span_offsets[i] .. span_offsets[i + 1])
-  const int32_t* spans = nullptr;         // [num_spans, 2]: [start, end)
+  const int32_t* block_starts =
+      nullptr;  // [num_blocks + 1]: block i covers rows [block_starts[i], block_starts[i + 1])
+  const int32_t* span_offsets =
+      nullptr;                     // [num_blocks + 1]: its spans are spans[span_offsets[i] .. span_offsets[i + 1])
+  const int32_t* spans = nullptr;  // [num_spans, 2]: [start, end)
 };
 
 // Cached keys and values of one layer, in pages, seen by every query of the call (the past of the block).
@@ -24,7 +26,8 @@ struct PagedPast {
   int32_t page_size = 0;
   const int32_t* page_table = nullptr;  // [B, table_stride]: page numbers
   int64_t table_stride = 0;
-  const int32_t* spans = nullptr;  // [B, num_spans, 2]: visible positions of each stream, sorted, disjoint, may be empty
+  const int32_t* spans =
+      nullptr;  // [B, num_spans, 2]: visible positions of each stream, sorted, disjoint, may be empty
   int32_t num_spans = 0;
 };
 

@@ -20,7 +20,7 @@ struct KVCacheWriteParams {
   void* v_pages = nullptr;
   int64_t k_page_stride = 0, k_token_stride = 0, k_head_stride = 0;  // in elements
   int64_t v_page_stride = 0, v_token_stride = 0, v_head_stride = 0;
-  const int32_t* page_table = nullptr;   // [B, table_stride]
+  const int32_t* page_table = nullptr;  // [B, table_stride]
   int64_t table_stride = 0;
   const int32_t* write_start = nullptr;  // [B]
 

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use. Every file named cpu_kernels.cpp is compiled once per instruction set, with
-// SELFFORCING_ISA set to one of the names below: its functions live in namespace selfforcing::SELFFORCING_ISA, and
+// Which instruction set the CPU kernels use. Every file named cpu_kernels.cpp is compiled once per instruction set,
+// with SELFFORCING_ISA set to one of the names below: its functions live in namespace selfforcing::SELFFORCING_ISA, and
 // the baseline file beside it (cpu.cpp) calls the one that active_isa() names. So one wheel runs on every x86-64.
 #pragma once
 #include <cstdint>
@@ -23,19 +23,30 @@ const char* isa_name(Isa isa);
 
 // Calls NAME(...) of the active instruction set's namespace.
 #if defined(__x86_64__)
-#define SELFFORCING_DISPATCH(NAME, ...)                                              \
-  switch (::selfforcing::active_isa()) {                                             \
-    case ::selfforcing::Isa::avx512_bf16: return avx512_bf16::NAME(__VA_ARGS__);     \
-    case ::selfforcing::Isa::avx512: return avx512::NAME(__VA_ARGS__);               \
-    case ::selfforcing::Isa::avx2: return avx2::NAME(__VA_ARGS__);                   \
-    default: return baseline::NAME(__VA_ARGS__);                                     \
+#define SELFFORCING_DISPATCH(NAME, ...)                                          \
+  switch (::selfforcing::active_isa()) {                                         \
+    case ::selfforcing::Isa::avx512_bf16: return avx512_bf16::NAME(__VA_ARGS__); \
+    case ::selfforcing::Isa::avx512: return avx512::NAME(__VA_ARGS__);           \
+    case ::selfforcing::Isa::avx2: return avx2::NAME(__VA_ARGS__);               \
+    default: return baseline::NAME(__VA_ARGS__);                                 \
   }
 #define SELFFORCING_DECLARE_ISA(DECLARATION) \
-  namespace baseline { DECLARATION; }        \
-  namespace avx2 { DECLARATION; }            \
-  namespace avx512 { DECLARATION; }          \
-  namespace avx512_bf16 { DECLARATION; }
+  namespace baseline {                       \
+  DECLARATION;                               \
+  }                                          \
+  namespace avx2 {                           \
+  DECLARATION;                               \
+  }                                          \
+  namespace avx512 {                         \
+  DECLARATION;                               \
+  }                                          \
+  namespace avx512_bf16 {                    \
+  DECLARATION;                               \
+  }
 #else
 #define SELFFORCING_DISPATCH(NAME, ...) return baseline::NAME(__VA_ARGS__)
-#define SELFFORCING_DECLARE_ISA(DECLARATION) namespace baseline { DECLARATION; }
+#define SELFFORCING_DECLARE_ISA(DECLARATION) \
+  namespace baseline {                       \
+  DECLARATION;                               \
+  }
 #endif

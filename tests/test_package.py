@@ -1,0 +1,127 @@
+"""The package and its build from outside: what needs no compiled part, and what is said when something lacks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import selfforcing_ext
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.fixture
+def without_compiled_part(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the package has its Python files alone."""
+    shutil.copytree(ROOT / "selfforcing_ext", tmp_path / "selfforcing_ext", ignore=shutil.ignore_patterns("*.so"))
+    return {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+
+
+def python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, cwd="/", check=False
+    )
+
+
+def test_masks_need_no_compiled_part(without_compiled_part):
+    code = "import selfforcing_ext as s; print(s.BlockCausalMask(3, 2).dense().sum().item())"
+    result = python(code, without_compiled_part)
+    assert result.stdout.split() == ["24"], result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["block_causal_attention", "PagedKVCache", "rope_3d", "denoise_step", "gated_residual"]
+)
+def test_a_missing_compiled_part_is_said(name, without_compiled_part):
+    result = python(f"from selfforcing_ext import {name}", without_compiled_part)
+    assert "ImportError: the compiled part of selfforcing_ext cannot be loaded" in result.stderr
+    assert "run `make build` in the source tree, or `pip install --no-build-isolation .`" in result.stderr
+
+
+def test_every_public_name_is_there():
+    for name in selfforcing_ext.__all__:
+        assert getattr(selfforcing_ext, name).__doc__
+    with pytest.raises(AttributeError, match="module 'selfforcing_ext' has no attribute 'rope_2d'"):
+        _ = selfforcing_ext.rope_2d
+
+
+@pytest.fixture
+def machine(tmp_path: Path):
+    """A PATH that holds these programs alone, and scripts under other names."""
+
+    def make(*programs: str, **scripts: str) -> str:
+        for program in ("bash", "env", "dirname", "cat", "sha256sum", *programs):
+            (tmp_path / program).symlink_to(shutil.which(program))
+        for name, body in scripts.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        return str(tmp_path)
+
+    return make
+
+
+SETUP = ROOT / "scripts" / "setup_env.sh"
+
+
+def test_a_missing_compiler_is_said(machine):
+    result = run(SETUP, ".venv", PATH=machine("python3"), CXX="")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "selfforcing_ext: no C++ compiler (c++) was found; install g++ 11 or newer, or set CXX to one\n"
+    )
+
+
+def test_too_old_a_python_is_said(machine, tmp_path):
+    old = 'if [ "$1" = -V ]; then echo "Python 3.8.10"; else exit 1; fi'
+    tree = tmp_path / "tree"
+    (tree / "scripts").mkdir(parents=True)
+    shutil.copy(SETUP, tree / "scripts")
+    shutil.copy(ROOT / "requirements.txt", tree)
+    command = [tree / "scripts" / "setup_env.sh", ".venv"]
+    result = run(*command, PATH=machine("c++", python3=old), PYTHON="python3", CXX="c++")
+    assert result.returncode == 1
+    assert result.stderr.startswith("selfforcing_ext: python3 is Python 3.8.10, but must be Python 3.10 or newer")
+    assert result.stderr.count("\n") == 1
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SELFFORCING_CUDA": "2"}, "SELFFORCING_CUDA is '2', but must be 0 or 1"),
+        (
+            {"CXX": "no-such-compiler"},
+            "no C++ compiler (no-such-compiler) was found; install g++ 11 or newer, or set CXX",
+        ),
+    ],
+)
+def test_setup_says_what_lacks(environment, message, tmp_path):
+    arguments = ("-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    result = run(sys.executable, ROOT / "setup.py", *arguments, **environment)
+    assert result.returncode == 1
+    assert f"selfforcing_ext: {message}\n" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_registry_is_named():
+    """Packages come from the index that pip is set up with."""
+    for path in (
+        *ROOT.glob("*.txt"),
+        *ROOT.glob("*.toml"),
+        ROOT / "Makefile",
+        ROOT / "setup.py",
+        *ROOT.glob("scripts/*"),
+    ):
+        if path.is_file():
+            text = path.read_text()
+            assert "index-url" not in text, path
+            assert "pypi.org" not in text, path
