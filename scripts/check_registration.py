@@ -55,7 +55,7 @@ def main(folder: str) -> None:
         x = torch.randn(1, 2, 3, 4, 4)
         torch.testing.assert_close(add_noise(x, -x, torch.full((1, 2), 0.25)), 0.5 * x)
     print(
-        f"{len(with_kernels)} ops have CPU and CUDA kernels under torch {torch.__version__}, and the CPU ones run there; "
+        f"{len(with_kernels)} ops have CPU and CUDA kernels under torch {torch.__version__}, CPU ones run there; "
         f"{len(bookkeeping)} are Python: {', '.join(bookkeeping)}"
     )
 

@@ -1,0 +1,233 @@
+"""Attention and the KV cache on the GPU against their float64 definitions, over the cases that the CPU tests use.
+
+The tests of rope, denoise and modulate run on a GPU by themselves; ``pytest -m gpu`` runs all that need one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    ATTENTION_CASES,
+    DTYPES,
+    LARGE_ATTENTION_CASES,
+    PAGED_CASES,
+    ROLLOUT_CASES,
+    AttentionCase,
+    PagedCase,
+    RolloutCase,
+)
+from compare import SUM_ROUNDING, assert_as_accurate, assert_close, assert_same_bits
+from test_attention import LSE_CASES, leaves, plain_attention, torch_attention
+from test_kv_cache import TOLERANCE
+from torch import Tensor
+
+from python_ref.ops.attention import block_causal_attention as reference
+from python_ref.ops.attention import masked_softmax_attention
+from python_ref.ops.kv_cache import PagedKVCache as ReferenceCache
+from selfforcing_ext import BlockCausalMask, PagedKVCache, block_causal_attention
+from selfforcing_ext.attention import attention_over_spans, full_table
+from selfforcing_ext.library import HAS_CUDA
+from selfforcing_ext.mask import make_span_table
+
+DEVICE = torch.device("cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+#: lse is float32 whatever the inputs are.
+LSE_TOLERANCE = 2e-6
+
+
+def test_this_build_has_cuda_ops():
+    assert HAS_CUDA, "there is a CUDA device, but the CUDA ops were not built"
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    """The same view of the same memory, NaN around it included, on the GPU."""
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return memory.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def gpu_leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(on_device(tensor).requires_grad_() for tensor in tensors)
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    grads = tuple(grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True))
+    return torch.autograd.grad(outputs, inputs, grads)
+
+
+def dense(case: AttentionCase) -> Tensor | None:
+    return None if case.mask is None else case.mask.dense(DEVICE)
+
+
+def check_accuracy(case: AttentionCase, dtype: torch.dtype, sum_rounding: float) -> None:
+    ours = gpu_leaves(case.inputs(dtype))
+    torchs, exact = leaves(ours), leaves(ours, torch.float64)
+    out = block_causal_attention(*ours, case.mask, case.softmax_scale)
+    torch_out = torch_attention(*torchs, dense(case), case.softmax_scale)
+    exact_out = reference(*exact, case.mask, case.softmax_scale)
+    assert_as_accurate(out, torch_out, exact_out, "out", sum_rounding)
+    grad = (torch.randn(out.shape, device=DEVICE).to(dtype),)
+    for name, mine, theirs, true in zip(
+        "qkv",
+        gradients((out,), ours, grad),
+        gradients((torch_out,), torchs, grad),
+        gradients((exact_out,), exact, grad),
+        strict=True,
+    ):
+        assert_as_accurate(mine, theirs, true, f"grad_{name}", sum_rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_any_shape_and_layout(case: AttentionCase, dtype: torch.dtype):
+    check_accuracy(case, dtype, SUM_ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE_ATTENTION_CASES, ids=str)
+def test_as_accurate_as_torch(case: AttentionCase, dtype: torch.dtype):
+    check_accuracy(case, dtype, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LSE_CASES, ids=str)
+def test_logsumexp_and_its_gradient(case: AttentionCase, dtype: torch.dtype):
+    ours = gpu_leaves(case.inputs(dtype))
+    plain, exact = leaves(ours), leaves(ours, torch.float64)
+    outputs = block_causal_attention(*ours, case.mask, case.softmax_scale, return_lse=True)
+    plain_outputs = plain_attention(*plain, dense(case), case.softmax_scale)
+    exact_outputs = reference(*exact, case.mask, case.softmax_scale, return_lse=True)
+    assert_close(outputs[1], exact_outputs[1], LSE_TOLERANCE, "lse")
+    grads = (torch.randn(outputs[0].shape, device=DEVICE).to(dtype), torch.randn(outputs[1].shape, device=DEVICE))
+    for name, mine, theirs, true in zip(
+        "qkv",
+        gradients(outputs, ours, grads),
+        gradients(plain_outputs, plain, grads),
+        gradients(exact_outputs, exact, grads),
+        strict=True,
+    ):
+        assert_as_accurate(mine, theirs, true, f"grad_{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PAGED_CASES, ids=str)
+def test_past_in_pages(case: PagedCase, dtype: torch.dtype):
+    block, past = case.inputs(dtype)
+    ours = gpu_leaves(block)
+    table = full_table(case.num_queries, case.num_queries, DEVICE)
+    out, lse = attention_over_spans(*ours, table, tuple(on_device(tensor) for tensor in past))
+    grad = torch.randn(out.shape, device=DEVICE).to(dtype)
+    grads = torch.autograd.grad(out, ours, grad)
+    for stream, tensors in enumerate(case.gathered(block, past)):
+        on_gpu = tuple(tensor.to(DEVICE) for tensor in tensors)
+        torchs, exact = leaves(on_gpu), leaves(on_gpu, torch.float64)
+        torch_out = torch_attention(*torchs, None, None)
+        exact_out, exact_lse = masked_softmax_attention(*exact, None)
+        mine = slice(stream, stream + 1)
+        assert_as_accurate(out[mine], torch_out, exact_out, f"stream {stream}: out")
+        assert_close(lse[mine], exact_lse, LSE_TOLERANCE, f"stream {stream}: lse")
+        for name, grad_mine, theirs, true in zip(
+            "qkv",
+            grads,
+            gradients((torch_out,), torchs, (grad[mine],)),
+            gradients((exact_out,), exact, (grad[mine],)),
+            strict=True,
+        ):
+            own = slice(-case.num_queries, None)
+            assert_as_accurate(grad_mine[mine], theirs[:, own], true[:, own], f"stream {stream}: grad_{name}")
+
+
+def test_rows_without_keys_are_zero():
+    table = make_span_table([0, 3, 8, 10], [[(0, 4)], [], [(2, 9)]], num_keys=9).to(DEVICE)
+    q, k, v = (torch.randn(1, length, 2, 16, device=DEVICE, requires_grad=True) for length in (10, 9, 9))
+    out, lse = attention_over_spans(q, k, v, table)
+    assert not out[:, 3:8].any()
+    assert (lse[:, :, 3:8] == -torch.inf).all()
+    exact = leaves((q, k, v), torch.float64)
+    exact_outputs = masked_softmax_attention(*exact, table.dense(DEVICE))
+    grads = (torch.randn(out.shape, device=DEVICE), torch.randn(lse.shape, device=DEVICE))
+    for name, mine, true in zip(
+        "qkv", gradients((out, lse), (q, k, v), grads), gradients(exact_outputs, exact, grads), strict=True
+    ):
+        assert_close(mine, true, 1e-6, f"grad_{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_inputs_same_bits(dtype: torch.dtype):
+    case = AttentionCase(BlockCausalMask(6, 50, 2, window_frames=4), batch=2, heads=4, kv_heads=2)
+    tensors = case.inputs(dtype)
+    grad = torch.randn(tensors[0].shape, device=DEVICE).to(dtype)
+
+    def run() -> list[Tensor]:
+        inputs = gpu_leaves(tensors)
+        out, lse = block_causal_attention(*inputs, case.mask, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out, inputs, grad)]
+
+    first = run()
+    for _ in range(5):
+        for name, again, once in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), run(), first, strict=True):
+            assert_same_bits(again, once, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROLLOUT_CASES, ids=str)
+def test_rollout_matches_the_reference(case: RolloutCase, dtype: torch.dtype):
+    """Attend, write and commit over wrapped rings and recycled pages."""
+    arguments = case.cache_arguments()
+    ours = PagedKVCache(**arguments, dtype=dtype, device=DEVICE)
+    if case.window_frames is None and case.max_frames is None:
+        arguments["max_frames"] = sum(case.block_frames)  # the reference must end somewhere
+    exact = ReferenceCache(**arguments, dtype=torch.float64)
+    with torch.no_grad():
+        for index, num_frames in enumerate(case.block_frames):
+            for layer, (q, k, v) in enumerate(case.block(num_frames, dtype, seed=index)):
+                out = ours.attend(layer, on_device(q), on_device(k), on_device(v))
+                wanted = exact.attend(layer, q.double(), k.double(), v.double())
+                assert_close(out, wanted, TOLERANCE[dtype], f"block {index}, layer {layer}")
+                ours.write(layer, on_device(k), on_device(v))
+                exact.write(layer, k.double(), v.double())
+            ours.commit(num_frames)
+            exact.commit(num_frames)
+
+
+def test_a_captured_graph_replays_with_new_positions():
+    """What changes from block to block reaches the kernels through device memory alone."""
+    case = PAGED_CASES[0]
+    block, past = case.inputs()
+    q, k, v = (on_device(tensor) for tensor in block)
+    k_pages, v_pages, page_table, past_spans = (on_device(tensor) for tensor in past)
+    table = full_table(case.num_queries, case.num_queries, DEVICE)
+
+    def attend() -> Tensor:
+        return attention_over_spans(q, k, v, table, (k_pages, v_pages, page_table, past_spans))[0]
+
+    attend()  # warm-up outside of the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for spans in (past[3], torch.zeros_like(past[3]), past[3] // 2):
+        past_spans.copy_(spans)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, attend(), "replayed")
+
+
+def test_ops_run_on_the_current_stream():
+    case = AttentionCase(BlockCausalMask(4, 64, 2), batch=2)
+    q, k, v = (on_device(tensor) for tensor in case.inputs())
+    expected = block_causal_attention(q, k, v, case.mask)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(q)
+        torch.cuda._sleep(50_000_000)  # q arrives after some 30 ms: an op on another stream would read zeros
+        late.copy_(q)
+        out = block_causal_attention(late, k, v, case.mask)
+    side.synchronize()
+    assert_same_bits(out, expected)
