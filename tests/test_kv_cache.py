@@ -186,6 +186,16 @@ def test_position_is_the_same_tensor_and_keeps_its_value_for_autograd():
     assert (int(position), int(recorded)) == (1, 0)
 
 
+def test_a_position_that_nobody_keeps_costs_no_pages():
+    """What autograd might have recorded from a block, and did not, is forgotten when the block is written."""
+    cache, _ = caches(WINDOWED)
+    size = cache.nbytes
+    for index, num_frames in enumerate(WINDOWED.block_frames):
+        assert int(cache.position) == cache.num_frames
+        write_block(cache, WINDOWED.block(num_frames, seed=index), num_frames)
+    assert cache.nbytes == size
+
+
 def test_reset_starts_again():
     case = WINDOWED
     cache, _ = caches(case)
