@@ -120,8 +120,7 @@ def peers(case: Case, with_flex: bool) -> dict[str, Attention]:
 
 
 def forward(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
-    with torch.no_grad():
-        attend(q, k, v)
+    attend(q.detach(), k.detach(), v.detach())
 
 
 def forward_backward(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
