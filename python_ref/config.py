@@ -50,6 +50,7 @@ class ModelConfig:
     ffn_dim: int = 384
     freq_dim: int = 64  # channels of the sinusoidal timestep embedding
     patch_size: list[int] = field(default_factory=lambda: [1, 6, 6])  # frames, rows, columns
+    position_embedding: bool = True  # learned absolute positions beside the rotary ones, for frames of one size
     text_len: int = 16  # words
     text_dim: int = 64
     text_heads: int = 2

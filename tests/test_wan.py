@@ -1,6 +1,7 @@
 """The Wan-style models: names, shapes, precisions, and that shortcuts change nothing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_parameter_names_are_those_of_wan_checkpoints():
     names = {name.replace("blocks.0.", "blocks.").replace("blocks.1.", "blocks.") for name in make().state_dict()}
     assert names == WAN_NAMES
     make(WanModel).load_state_dict(make().state_dict(), strict=True)
+
+
+def test_position_embedding_tells_places_apart():
+    config = replace(CONFIG, position_grid=(2, 3))
+    placed = make(WanModel, config)
+    x, t, context = inputs(config)
+    same_everywhere = torch.zeros_like(x)
+    with torch.no_grad():
+        # Of rotary embedding alone equal patches come out equal, wherever they are.
+        assert relative_error(*placed(same_everywhere, t[:, 0], context)[0, 0, :, ::2, ::2].flatten(1).T[:2]) < 1e-5
+        torch.nn.init.normal_(placed.position_embedding)
+        assert relative_error(*placed(same_everywhere, t[:, 0], context)[0, 0, :, ::2, ::2].flatten(1).T[:2]) > 1e-2
+    make(CausalWanModel, config).load_state_dict(placed.state_dict(), strict=True)
+    with pytest.raises(ValueError, match=r"token grid of 2 x 3, but the model has position_grid = \(3, 2\)"):
+        make(WanModel, replace(CONFIG, position_grid=(3, 2)))(x, t[:, 0], context)
 
 
 def test_default_sizes_are_those_of_wan_1_3b():

@@ -40,11 +40,17 @@ class CaptionedModel(nn.Module):
             in_dim=settings["channels"],
             out_dim=settings["channels"],
             patch_size=tuple(sizes.patch_size),
+            position_grid=self._token_grid(settings) if sizes.position_embedding else None,
         )
         self.model = (CausalWanModel if causal else WanModel)(config, backend)
         self.text = TextEncoder(
             TextEncoderConfig(settings["words"], sizes.text_len, sizes.text_dim, sizes.text_heads, sizes.text_layers)
         )
+
+    @staticmethod
+    def _token_grid(settings: dict[str, Any]) -> tuple[int, int]:
+        _, patch_rows, patch_columns = settings["model"]["patch_size"]
+        return settings["frame_size"] // patch_rows, settings["frame_size"] // patch_columns
 
     def schedule(self, num_steps: int | None = None) -> FlowMatchSchedule:
         """The noise levels it was trained with, or `num_steps` of them for sampling."""

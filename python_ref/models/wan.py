@@ -30,6 +30,9 @@ class WanBackbone(nn.Module):
         self.ops = load_backend(backend)
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        if config.position_grid is not None:
+            rows, columns = config.position_grid
+            self.position_embedding = nn.Parameter(torch.zeros(rows * columns, dim))
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -63,8 +66,11 @@ class WanBackbone(nn.Module):
         patches = patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
         weight = self.patch_embedding.weight
         tokens = functional.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        # Under autocast the residual stream stays in float32.
-        return wide(tokens) if torch.is_autocast_enabled(x.device.type) else tokens
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = wide(tokens)  # the residual stream stays in float32
+        if self.config.position_grid is not None:
+            tokens = (tokens.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2)
+        return tokens
 
     def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
         """Tokens [B, L, patch volume * out_dim] to latents [B, F, out_dim, H, W]."""

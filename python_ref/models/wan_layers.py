@@ -33,6 +33,9 @@ class WanConfig:
     qk_norm: bool = True
     cross_attn_norm: bool = True
     eps: float = 1e-6
+    # Learned absolute positions for token grids of exactly these (rows, columns). Wan2.1 has none (None): its rotary
+    # embedding is relative, and from relative positions alone a small model learns slowly where the frame ends.
+    position_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -56,6 +59,11 @@ class WanConfig:
                 f"patch_size = {self.patch_size}"
             )
         frames, rows, columns = (size // patch for size, patch in zip(sizes, self.patch_size, strict=True))
+        if self.position_grid not in (None, (rows, columns)):
+            raise ValueError(
+                f"latents have shape {list(latents)}, a token grid of {rows} x {columns}, but the model has "
+                f"position_grid = {self.position_grid}"
+            )
         return frames, rows, columns
 
 
