@@ -150,6 +150,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(plain, path, metadata)
+    path.chmod(0o644)  # safetensors makes files that their owner alone can read
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
