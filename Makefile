@@ -5,7 +5,7 @@
 #   make test      prove the ops against the reference, and the reference against the published implementation
 #   make check     lint, format, types
 #   make bench     the benchmarks, side by side with torch
-#   make teacher   train the shipped teacher from scratch (one to two hours)
+#   make teacher   train the shipped teacher from scratch (a quarter of an hour)
 #
 # PYTHON=python3.12 chooses the interpreter of the environment that is made in .venv. VENV=/path/to/environment uses an
 # environment of yours instead, as it is (with a CUDA torch, for example).
