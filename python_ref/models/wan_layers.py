@@ -34,7 +34,7 @@ class WanConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     # Learned absolute positions for token grids of exactly these (rows, columns). Wan2.1 has none (None): its rotary
-    # embedding is relative, and from relative positions alone a small model learns slowly where the frame ends.
+    # embedding is relative and does not say where the frame ends.
     position_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
