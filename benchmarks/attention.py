@@ -1,39 +1,37 @@
 """Attention against what torch offers: time, ratio, GFLOP/s, and share of the multiply-add ceiling.
 
-    python benchmarks/attention.py [--case NAME ...] [--dtype float32|bfloat16|float16 ...] [--seconds S] [--threads N]
-                                   [--flex] [--json FILE]
+    python benchmarks/attention.py [--case NAME ...] [--dtype float32|bfloat16|float16 ...] [--pass NAME ...]
+                                   [--seconds S] [--threads N] [--flex] [--json FILE]
 
-Every row is a median over rounds in which ours, the peers and the ceilings run in turns in one process. Peers: a loop
-over the blocks that calls scaled_dot_product_attention on the keys each block sees ("SDPA per block"), one call with a
-boolean mask ("SDPA, mask"), and with --flex a compiled FlexAttention (forward only; compiling takes a minute). GFLOP/s
-count the visible pairs alone: 4 D operations a pair forward, 14 D with backward. "ratio" is the peer's time over ours.
-The ceiling is a loop of multiply-adds in registers (fma_ceiling.cpp); the matrix product is torch.mm of size 1024.
+Every row is a median over rounds in which ours, the peers (peers.py) and the ceilings run in turns in one process.
+With --flex a compiled FlexAttention takes part in the forward passes under a mask; compiling it takes a minute. GFLOP/s
+count the visible pairs alone: 4 D operations a pair forward, 10 D backward. "ratio" is the peer's time over ours. The
+ceiling is a loop of multiply-adds in registers (fma_ceiling.cpp); the matrix product is torch.mm of size 1024.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ceiling import fma_loop, gemm, rate
+from peers import Attention, flex, sdpa, sdpa_per_block, sdpa_per_span
 
 from selfforcing_ext import BlockCausalMask, block_causal_attention
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
+ONE_THREAD = "ours, 1 thread"
 
 
 @dataclass(frozen=True)
@@ -44,87 +42,94 @@ class Case:
     queries: int = 0  # without a mask
     keys: int = 0
     mask: BlockCausalMask | None = None
+    # of "SDPA", "SDPA, mask", "SDPA per block", "SDPA per span" and ONE_THREAD
+    peers: tuple[str, ...] = field(default=("SDPA",))
 
     @property
     def lengths(self) -> tuple[int, int]:
         return (self.queries, self.keys) if self.mask is None else (self.mask.seqlen, self.mask.seqlen)
 
     @property
-    def forward_operations(self) -> float:
-        pairs = self.queries * self.keys if self.mask is None else int(self.mask.dense().sum())
-        return 4.0 * self.batch * self.heads * self.head_dim * pairs
+    def pairs(self) -> int:
+        if self.mask is None:
+            return self.queries * self.keys
+        table = self.mask.spans()
+        rows, widths = table.block_starts.diff(), table.spans.diff(dim=1).squeeze(1)
+        return int((rows.repeat_interleave(table.span_offsets.diff()) * widths).sum())
+
+    def operations(self, pass_name: str) -> float:
+        per_pair = {"forward": 4.0, "backward": 10.0, "forward+backward": 14.0}[pass_name]
+        return per_pair * self.batch * self.heads * self.head_dim * self.pairs
 
 
+PER_BLOCK, PER_SPAN = ("SDPA per block", "SDPA, mask"), ("SDPA per span",)
+THREE = 3  # frames of a block, as Self-Forcing trains (arXiv 2506.08009)
 CASES = {
-    # 21 latent frames in blocks of 3, as Self-Forcing trains (arXiv 2506.08009), with about a sixth of its tokens
-    "block-causal": Case(1, 4, 64, mask=BlockCausalMask(21, 256, frames_per_block=3)),
-    # one block of 3 frames of Wan2.1 1.3B at 480x832 (arXiv 2503.20314): 1560 of its 4680 queries, one block of keys
-    "unmasked": Case(1, 12, 128, 1560, 4680),
-    # configs/demo.yaml: a rollout's first and fourth block, and a step of teacher forcing
-    "demo first block": Case(32, 3, 32, 48, 48),
-    "demo fourth block": Case(32, 3, 32, 48, 192),
-    "demo teacher forcing": Case(16, 3, 32, mask=BlockCausalMask(12, 16, frames_per_block=3, teacher_forcing=True)),
+    # Wan2.1 1.3B at 480x832 (arXiv 2503.20314): a third of a block's 4680 queries, on a block of keys and on more
+    "1560 on 4680, D128": Case(1, 12, 128, 1560, 4680),
+    "1560 on 8190, D128": Case(1, 12, 128, 1560, 8190),
+    "1560 on 4680, D64": Case(1, 12, 64, 1560, 4680),
+    "1560 on 8190, D64": Case(1, 12, 64, 1560, 8190),
+    # 21 latent frames, with about a sixth of their tokens
+    "block-causal": Case(1, 4, 64, mask=BlockCausalMask(21, 256, THREE), peers=PER_BLOCK),
+    # frames that fill no tile
+    "frames of 195": Case(1, 4, 64, mask=BlockCausalMask(21, 195, THREE), peers=PER_SPAN),
+    "frames of 195, window, sink": Case(
+        1, 4, 64, mask=BlockCausalMask(21, 195, THREE, window_frames=9, sink_frames=1), peers=PER_SPAN
+    ),
+    "frames of 195, teacher forcing": Case(
+        1, 4, 64, mask=BlockCausalMask(21, 195, THREE, teacher_forcing=True), peers=PER_SPAN
+    ),
+    "frames of 1560": Case(1, 1, 128, mask=BlockCausalMask(21, 1560, THREE), peers=PER_SPAN),
+    "frames of 1560, window, sink": Case(
+        1, 1, 128, mask=BlockCausalMask(21, 1560, THREE, window_frames=9, sink_frames=1), peers=PER_SPAN
+    ),
+    # the size of configs/demo.yaml: one video, a batch's first and fourth block, a step of teacher forcing
+    "64 on 512, one video": Case(1, 4, 32, 64, 512),
+    "64 on 512, eight videos": Case(8, 4, 32, 64, 512),
+    "demo's first block": Case(32, 3, 32, 48, 48),
+    "demo's fourth block": Case(32, 3, 32, 48, 192),
+    "demo's teacher forcing": Case(
+        16, 3, 32, mask=BlockCausalMask(12, 16, THREE, teacher_forcing=True), peers=PER_BLOCK
+    ),
+    # threads that share a head
+    "one head": Case(1, 1, 128, 1560, 4680, peers=("SDPA", ONE_THREAD)),
+    "one head, few queries": Case(1, 1, 128, 64, 32760, peers=("SDPA", ONE_THREAD)),
 }
-
-
+PASSES = ("forward", "backward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+def peer(name: str, mask: BlockCausalMask | None) -> Attention:
+    if mask is None:
+        return sdpa
+    makers = {"SDPA per block": sdpa_per_block, "SDPA per span": sdpa_per_span}
+    return makers[name](mask) if name in makers else partial(sdpa, mask=mask.dense())
 
 
-def sdpa_per_block(mask: BlockCausalMask) -> Attention:
-    table = mask.spans()
-    starts, offsets, spans = (x.tolist() for x in (table.block_starts, table.span_offsets, table.spans))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = []
-        for block, (first, end) in enumerate(itertools.pairwise(starts)):
-            seen = spans[offsets[block] : offsets[block + 1]]
-            keys, values = (
-                x[:, seen[0][0] : seen[0][1]] if len(seen) == 1 else torch.cat([x[:, i:j] for i, j in seen], 1)
-                for x in (k, v)
-            )
-            blocks.append(sdpa(q[:, first:end], keys, values))
-        return torch.cat(blocks, 1)
-
-    return attend
+def on_threads(num_threads: int, run: Callable[[], object]) -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)
 
 
-def flex(case: Case) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+class Run:
+    """One pass of one attention on given inputs; the graph of a backward pass is made once."""
 
-    block_mask = None
-    if case.mask is not None:
-        visible = case.mask.dense()
-        block_mask = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, *case.lengths, device="cpu")
-    compiled = torch.compile(flex_attention)
+    def __init__(self, attend: Attention, pass_name: str, inputs: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> None:
+        self.attend, self.pass_name, self.inputs, self.grad = attend, pass_name, inputs, grad
+        self.out = attend(*inputs) if pass_name == "backward" else None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=block_mask).transpose(1, 2)
-
-    return attend
-
-
-def peers(case: Case, with_flex: bool) -> dict[str, Attention]:
-    if case.mask is None:
-        chosen: dict[str, Attention] = {"SDPA": sdpa}
-    else:
-        chosen = {"SDPA per block": sdpa_per_block(case.mask), "SDPA, mask": partial(sdpa, mask=case.mask.dense())}
-    if with_flex:
-        chosen["FlexAttention"] = flex(case)
-    return chosen
-
-
-def forward(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
-    attend(q.detach(), k.detach(), v.detach())
-
-
-def forward_backward(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
-    torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+    def __call__(self) -> None:
+        if self.pass_name == "forward":
+            with torch.no_grad():
+                self.attend(*self.inputs)
+            return
+        out = self.attend(*self.inputs) if self.out is None else self.out
+        torch.autograd.grad(out, self.inputs, self.grad, retain_graph=self.out is not None)
 
 
 def medians(functions: dict[str, Callable[[], object]], rates: dict[str, Callable[[], float]], seconds: float) -> dict:
@@ -149,20 +154,23 @@ def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> lis
     num_queries, num_keys = case.lengths
     q, grad = (torch.randn(case.batch, num_queries, case.heads, case.head_dim).to(dtype) for _ in range(2))
     k, v = (torch.randn(case.batch, num_keys, case.heads, case.head_dim).to(dtype) for _ in range(2))
-    for x in (q, k, v):
-        x.requires_grad_(True)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
     ceilings = {"ceiling": fma_loop(dtype, arguments.threads), "gemm": gemm(dtype)}
-    attends: dict[str, Attention] = {"ours": partial(block_causal_attention, mask=case.mask)}
-    attends |= peers(case, arguments.flex)
+    ours = partial(block_causal_attention, mask=case.mask)
+    attends: dict[str, Attention] = {"ours": ours}
+    attends |= {label: ours if label == ONE_THREAD else peer(label, case.mask) for label in case.peers}
+    if arguments.flex and case.mask is not None:
+        attends["FlexAttention"] = flex(case.mask)
     rows = []
-    for pass_name, run, factor in (("forward", forward, 1.0), ("forward+backward", forward_backward, 3.5)):
-        functions = {
-            label: partial(run, attend, q, k, v, grad)
-            for label, attend in attends.items()
-            if label != "FlexAttention" or run is forward
-        }
+    for pass_name in arguments.passes:
+        functions: dict[str, Callable[[], object]] = {}
+        for label, attend in attends.items():
+            if label == "FlexAttention" and pass_name != "forward":
+                continue
+            run = Run(attend, pass_name, inputs, grad)
+            functions[label] = partial(on_threads, 1, run) if label == ONE_THREAD else run
         found = medians(functions, ceilings, arguments.seconds)
-        operations = factor * case.forward_operations
+        operations = case.operations(pass_name)
         rows += [
             {
                 "case": name,
@@ -198,10 +206,9 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
-        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
-    )
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each pass of each case (default: 5)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="passes")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each pass of each case (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--flex", action="store_true", help="also a compiled FlexAttention, forward")
     parser.add_argument("--json", type=Path, help="write the rows here too")
