@@ -122,6 +122,10 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+#if !defined(__F16C__)  // in integers: not every compiler has _Float16 for every machine
+  static constexpr uint32_t kRebias = (127 - 15) << 23;     // what the exponents differ by
+  static constexpr uint32_t kOverflow = (127u + 16) << 23;  // 2^16, which rounds to infinity
+#endif
   static SELFFORCING_INLINE Floats widen(const uint16_t* from) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(
@@ -129,13 +133,13 @@ struct Float16 {
 #elif defined(__F16C__)
     return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    Floats x;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      _Float16 half;
-      memcpy(&half, from + lane, sizeof(half));
-      x[lane] = static_cast<float>(half);
-    }
-    return x;
+    Halves half;
+    memcpy(&half, from, sizeof(half));
+    const Words bits = __builtin_convertvector(half, Words), magnitude = bits & 0x7fffu;
+    const Floats subnormal = __builtin_convertvector(reinterpret_cast<Ints>(magnitude), Floats) * 0x1p-24f;
+    const Words normal = (magnitude << 13) + (magnitude < 0x7c00u ? Words{} + kRebias : Words{} + 2 * kRebias);
+    const Words words = magnitude < 0x400u ? reinterpret_cast<Words>(subnormal) : normal;
+    return reinterpret_cast<Floats>(words | (bits & 0x8000u) << 16);
 #endif
   }
   static SELFFORCING_INLINE void narrow(uint16_t* to, Floats x) {
@@ -146,10 +150,16 @@ struct Float16 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const _Float16 half = static_cast<_Float16>(x[lane]);
-      memcpy(to + lane, &half, sizeof(half));
-    }
+    const Words bits = reinterpret_cast<Words>(x), magnitude = bits & 0x7fffffffu;
+    const Words bounded = magnitude < kOverflow ? magnitude : Words{} + kOverflow;
+    const Words normal = (bounded + 0xfffu + ((bounded >> 13) & 1u) - kRebias) >> 13;
+    // Below 2^-14 the last place is 2^-24, as it is of numbers around 1/2.
+    const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(bounded) + 0.5f) - 0x3f000000u;
+    const Words number = bounded < 0x38800000u ? subnormal : normal;
+    const Words nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+    const Words words = (x == x ? number : nan) | ((bits >> 16) & 0x8000u);
+    const Halves half = __builtin_convertvector(words, Halves);
+    memcpy(to, &half, sizeof(half));
 #endif
   }
 };
