@@ -64,7 +64,7 @@ def block_causal_attention(
             contiguous.
     """
     q, k, v = op_inputs(q=q, k=k, v=v)
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
     table = full_table(q.shape[1], k.shape[1], q.device) if mask is None else _table_of(mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=softmax_scale)
     return (out, lse) if return_lse else out
@@ -102,7 +102,7 @@ def op_inputs(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in values)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises TypeError or ValueError unless q, k and v fit each other and the op."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_heads(name, tensor, "[B, Lq, H, D]" if name == "q" else "[B, Lk, H_kv, D]")

@@ -7,10 +7,9 @@ reference read the table it makes. It needs torch but not the compiled part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,6 +88,21 @@ def make_span_table(
 def full_span_table(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> SpanTable:
     """Every query sees every key."""
     return make_span_table([0, num_queries], [[(0, num_keys)]], num_keys).to(device)
+
+
+def causal_span_table(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> SpanTable:
+    """Every query sees its own key and those before it; the last query stands at the last key.
+
+    A block of its own for every query: exact, and slow beside masks whose blocks hold many queries.
+    """
+    if num_keys < num_queries:
+        raise ValueError(f"num_keys is {num_keys}, but must be at least num_queries = {num_queries}")
+    counts = torch.arange(num_queries + 1, dtype=torch.int32, device=device)
+    keys_seen = counts[1:] + (num_keys - num_queries)
+    spans = torch.stack([torch.zeros_like(keys_seen), keys_seen], dim=1)
+    key_starts = torch.cat([counts[:1], keys_seen])
+    query_spans = torch.stack([counts[:-1], torch.full_like(keys_seen, num_queries)], dim=1)
+    return SpanTable(counts, counts, spans, key_starts, counts, query_spans)
 
 
 def visible_past(block_start: int, block_end: int, window_frames: int | None, sink_frames: int) -> list[Interval]:
@@ -230,18 +244,32 @@ def _transpose(
     block_starts: Sequence[int], spans_of_block: Sequence[Sequence[Interval]], num_keys: int
 ) -> tuple[list[int], list[list[Interval]]]:
     """Runs of keys that the same queries see, and for each run those queries."""
-    borders = sorted({0, num_keys, *(edge for spans in spans_of_block for span in spans for edge in span)})
-    runs = [
-        _merge(
-            [
-                (block_starts[block], block_starts[block + 1])
-                for block, spans in enumerate(spans_of_block)
-                if any(start <= left and right <= end for start, end in spans)
-            ]
-        )
-        for left, right in pairwise(borders)
-    ]
+    opening: dict[int, list[int]] = {}
+    closing: dict[int, list[int]] = {}
+    for block, spans in enumerate(spans_of_block):
+        for start, end in spans:
+            opening.setdefault(start, []).append(block)
+            closing.setdefault(end, []).append(block)
+    borders = sorted({0, num_keys, *opening, *closing})
+    sees = bytearray(len(spans_of_block))  # of each block, whether it sees the run that the sweep has come to
+    runs = []
+    for left in borders[:-1]:
+        for block in closing.get(left, ()):
+            sees[block] = 0
+        for block in opening.get(left, ()):
+            sees[block] = 1
+        runs.append(_merge([(block_starts[first], block_starts[last]) for first, last in _runs_of_ones(sees)]))
     return borders, runs
+
+
+def _runs_of_ones(flags: bytearray) -> Iterator[Interval]:
+    start = flags.find(1)
+    while start >= 0:
+        end = flags.find(0, start)
+        if end < 0:
+            end = len(flags)
+        yield start, end
+        start = flags.find(1, end)
 
 
 def _csr(lists: Sequence[Sequence[Interval]]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfforcing_ext.mask import BlockCausalMask, full_span_table, make_span_table
+from selfforcing_ext.mask import BlockCausalMask, causal_span_table, full_span_table, make_span_table
 
 
 def sees(query: int, key: int, mask: BlockCausalMask) -> bool:
@@ -111,6 +111,23 @@ def test_full_table_shows_everything():
     assert full_span_table(3, 5).dense().all()
     assert full_span_table(3, 5).dense().shape == (3, 5)
     assert full_span_table(3, 0).dense().shape == (3, 0)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 7), (5, 5), (4, 9)])
+def test_causal_table(num_queries, num_keys):
+    table = causal_span_table(num_queries, num_keys)
+    wanted = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    assert torch.equal(table.dense(), wanted)
+    by_hand = make_span_table(
+        range(num_queries + 1), [[(0, num_keys - num_queries + i + 1)] for i in range(num_queries)], num_keys
+    )
+    for mine, true in zip(table.tensors(), by_hand.tensors(), strict=True):
+        assert torch.equal(mine, true)
+
+
+def test_causal_table_needs_a_key_for_every_query():
+    with pytest.raises(ValueError, match="num_keys is 3, but must be at least num_queries = 4"):
+        causal_span_table(4, 3)
 
 
 def test_tables_are_made_once_per_device():
