@@ -1,5 +1,7 @@
 """The numerical precision of the networks."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -10,3 +12,17 @@ def network_precision(precision: str) -> torch.autocast:
     without gradient would be reused where gradient is needed.
     """
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on this kind of device; None without autocast, which a meta device never has."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context without autocast on this kind of device."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

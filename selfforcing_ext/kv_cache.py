@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -103,8 +104,9 @@ class PagedKVCache:
         self.dtype = dtype
         self.device = torch.empty(0, device=device).device  # with its index
         self.grad_through_cache = grad_through_cache
-        self._handle = torch.tensor([next(_handles)])
-        _caches[int(self._handle)] = self
+        handle = next(_handles)
+        self._handle = _on_host([handle], torch.int64)
+        _caches[handle] = self
 
         self._table = PageTable(batch_size, page_size, sink_frames * frame_seqlen)
         self._num_frames = 0
@@ -419,14 +421,14 @@ class PagedKVCache:
     def _mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
         """Brings a page table [B, T] and the position of the block's first token [B] up to date."""
         rows = [self._table.pages(stream) for stream in range(self.batch_size)]
-        page_table[:, : len(rows[0])] = torch.tensor(rows, dtype=torch.int32)
+        page_table[:, : len(rows[0])] = _on_host(rows, torch.int32)
         write_start.fill_(self._table.position(0, self._num_frames * self.frame_seqlen))
 
     def _mirror_spans(self, past_spans: Tensor) -> None:
         """Brings the visible past [block lengths, B, 2, 2] up to date."""
         first_visible = [self._first_visible(length) for length in range(1, past_spans.shape[0] + 1)]
         spans = self._table.spans(0, first_visible, self._num_frames * self.frame_seqlen)
-        past_spans.copy_(torch.tensor(spans, dtype=torch.int32).unsqueeze(1))
+        past_spans.copy_(_on_host(spans, torch.int32).unsqueeze(1))
 
 
 class KVCacheView:
@@ -460,6 +462,11 @@ class KVCacheView:
         cache._check_query(q, k)
         pages = self._k_pages[layer], self._v_pages[layer], self._page_table
         return _attend(q, k, v, softmax_scale, *pages, cache._spans_of(num_frames, self._past_spans))
+
+
+def _on_host(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, whatever torch's default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _copy_of_position(position: Tensor) -> Tensor:

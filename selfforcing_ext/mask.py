@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Interval = tuple[int, int]
 
@@ -57,7 +58,7 @@ class SpanTable:
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """The same as a bool tensor [num_queries, num_keys], True where the query sees the key."""
-        visible = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool)
+        visible = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool, device="cpu")
         starts, offsets, spans = (t.tolist() for t in (self.block_starts, self.span_offsets, self.spans))
         for block in range(len(starts) - 1):
             for start, end in spans[offsets[block] : offsets[block + 1]]:
@@ -84,9 +85,15 @@ def make_span_table(
     return SpanTable(_int32(block_starts), *_csr(merged), _int32(key_starts), *_csr(query_spans))
 
 
-@lru_cache(maxsize=256)
 def full_span_table(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> SpanTable:
-    """Every query sees every key."""
+    """Every query sees every key. Made once per shape and device."""
+    if _get_current_dispatch_mode() is not None:  # a mode such as FakeTensorMode: its tensors are of no use outside
+        return _make_full_span_table.__wrapped__(num_queries, num_keys, device)
+    return _make_full_span_table(num_queries, num_keys, device)
+
+
+@lru_cache(maxsize=256)
+def _make_full_span_table(num_queries: int, num_keys: int, device: torch.device | str) -> SpanTable:
     return make_span_table([0, num_queries], [[(0, num_keys)]], num_keys).to(device)
 
 
@@ -277,8 +284,8 @@ def _csr(lists: Sequence[Sequence[Interval]]) -> tuple[Tensor, Tensor]:
     for entries in lists:
         offsets.append(offsets[-1] + len(entries))
     flat = [entry for entries in lists for entry in entries]
-    return _int32(offsets), torch.tensor(flat, dtype=torch.int32).reshape(-1, 2)
+    return _int32(offsets), _int32(flat).reshape(-1, 2)
 
 
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+def _int32(values: Sequence[int] | Sequence[Interval]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu")  # under torch.device("meta") too

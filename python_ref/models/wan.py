@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from python_ref.backend import load_backend
 from python_ref.models.wan_layers import Attend, Grid, Head, Positions, WanBlock, WanConfig, wide
+from python_ref.precision import autocast_dtype, without_autocast
 from selfforcing_ext.mask import BlockCausalMask
 
 EncodedContext = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values [B, text_len, H, D]
@@ -66,7 +67,7 @@ class WanBackbone(nn.Module):
         patches = patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
         weight = self.patch_embedding.weight
         tokens = functional.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is not None:
             tokens = wide(tokens)  # the residual stream stays in float32
         if self.config.position_grid is not None:
             tokens = (tokens.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2)
@@ -84,7 +85,7 @@ class WanBackbone(nn.Module):
     def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, F] to the head's embedding [B, F, dim] and the blocks' [B, F, 6, dim], in float32 even under
         autocast: bfloat16 cannot tell neighbouring timesteps apart."""
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t.device.type):
             weight = self.time_embedding[0].weight
             half = self.config.freq_dim // 2
             frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
@@ -247,7 +248,6 @@ class CausalWanModel(WanBackbone):
             max_frames, window_frames, sink_frames, options: as in ``PagedKVCache``.
         """
         weight = self.patch_embedding.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
         _, rows, columns = self.config.grid(latents)
         return self.ops.PagedKVCache(
             self.config.num_layers,
@@ -258,7 +258,7 @@ class CausalWanModel(WanBackbone):
             window_frames=window_frames,
             sink_frames=sink_frames,
             max_frames=max_frames,
-            dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
+            dtype=autocast_dtype(weight.device.type) or weight.dtype,
             device=weight.device,
             **options,
         )

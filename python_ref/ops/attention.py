@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from python_ref.precision import autocast_dtype
 from selfforcing_ext.mask import BlockCausalMask
 
 
@@ -76,8 +77,7 @@ def masked_softmax_attention(
 
 def cast_to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as scaled_dot_product_attention would see them: cast under autocast, float64 left alone."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
