@@ -157,26 +157,6 @@ def test_dmd_gradient_is_constant_to_autograd():
     assert not dmd_gradient(x, fake, real, uncond, 2.0).requires_grad
 
 
-def test_opcheck():
-    shape = (2, 3, 2, 4, 5)
-    sigma, sigma_next = sigmas(shape), sigmas(shape)
-    for dtype in DTYPES:
-        flow, uncond, x_t, noise = (latents(shape, dtype).requires_grad_() for _ in range(4))
-        plain = padded(flow.detach(), (0, 1, 2))
-        for flow_uncond, scale in ((None, 1.0), (uncond, 3.0)):
-            torch.library.opcheck(ops.denoise_x0, (flow, flow_uncond, x_t, sigma, scale))
-            torch.library.opcheck(ops.denoise_step, (flow, flow_uncond, x_t, sigma, sigma_next, noise, scale))
-        torch.library.opcheck(ops.denoise_x0, (plain, None, plain, sigma, 1.0))
-        torch.library.opcheck(ops.denoise_step, (flow, None, plain, sigma, sigma_next, plain, 1.0))
-        torch.library.opcheck(ops.add_noise, (x_t, noise, sigma))
-        torch.library.opcheck(ops.dmd_gradient, (plain, plain, plain, None, 0.0))
-        torch.library.opcheck(ops.dmd_gradient, (plain, plain, plain, uncond.detach(), 2.0))
-        gradient = noise.detach()
-        torch.library.opcheck(ops.denoise_backward, (gradient, plain, sigma, sigma_next, 2.0, True, True, True, True))
-        torch.library.opcheck(ops.denoise_backward, (None, gradient, sigma, sigma_next, 1.0, False, False, True, True))
-        torch.library.opcheck(ops.denoise_backward, (gradient, None, sigma, None, 1.0, True, False, False, False))
-
-
 def test_compile_fullgraph():
     shape = (2, 3, 2, 4, 4)
 

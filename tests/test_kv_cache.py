@@ -447,8 +447,6 @@ def write_arguments(**changes: Tensor) -> dict[str, Tensor]:
 
 
 def test_write_op():
-    arguments = write_arguments()
-    torch.library.opcheck(torch.ops.selfforcing.kv_cache_write.default, tuple(arguments.values()))
     arguments = write_arguments(
         k=torch.randn(2, 6, 3, 8).bfloat16()[:, :, 1:], v=torch.randn(2, 2, 6, 8).bfloat16().mT.mT.transpose(1, 2)
     )

@@ -131,21 +131,6 @@ def test_residual_keeps_its_dtype():
     assert torch.autograd.grad(out.sum(), y)[0].dtype == torch.bfloat16
 
 
-def test_opcheck():
-    case = CASES[1]
-    shift, scale = (modulation(case).float().requires_grad_() for _ in range(2))
-    rows = torch.rand(case.batch, case.tokens)
-    for dtype in DTYPES:
-        x, y = (features(case, dtype).requires_grad_() for _ in range(2))
-        plain, plain_scale = padded(x.detach()), padded(scale.detach())
-        torch.library.opcheck(ops.modulated_layer_norm, (x, shift, scale, 1e-6))
-        torch.library.opcheck(ops.modulated_layer_norm, (plain, plain_scale, plain_scale, 1e-6))
-        torch.library.opcheck(ops.modulated_layer_norm_backward, (y.detach(), plain, plain_scale, rows, rows))
-        torch.library.opcheck(ops.gated_residual, (x, y, scale))
-        torch.library.opcheck(ops.gated_residual, (plain, plain, plain_scale))
-        torch.library.opcheck(ops.gated_residual_backward, (y.detach(), plain, plain_scale))
-
-
 def test_compile_fullgraph():
     case = CASES[1]
 

@@ -125,20 +125,6 @@ def test_rope_3d_twice_differentiable():
     torch.testing.assert_close(second, torch.full_like(x, 2.0))  # a rotation keeps |x|^2
 
 
-def test_opcheck():
-    case = CASES[1]
-    start, grid = torch.tensor([3], dtype=torch.int32), list(case.grid)
-    for dtype in DTYPES:
-        x4, x3 = heads(case, dtype), features(case, dtype)
-        weight = torch.rand(48, requires_grad=True)
-        torch.library.opcheck(ops.rope_3d, (x4.clone().requires_grad_(), start, grid, False))
-        torch.library.opcheck(ops.rope_3d, (padded(x4), start, grid, True))
-        torch.library.opcheck(ops.qk_norm_rope, (x3.clone().requires_grad_(), weight, start, 2, grid, 1e-6))
-        torch.library.opcheck(ops.qk_norm_rope, (padded(x3), weight.detach(), start, 2, grid, 1e-6))
-        rstd = torch.rand(x3.shape[:2])
-        torch.library.opcheck(ops.qk_norm_rope_backward, (x4, padded(x3), weight.detach(), rstd, start, grid))
-
-
 def test_compile_fullgraph():
     case = CASES[1]
 
