@@ -6,18 +6,16 @@ import pytest
 import torch
 from cases import MASKS, AttentionCase, RolloutCase
 from compare import assert_close, assert_same_bits
-from torch import Tensor, nn
+from small_model import CONFIG, LATENT, model
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from python_ref.models.wan import CausalWanModel, WanConfig
+from python_ref.models.wan import CausalWanModel
 from selfforcing_ext import BlockCausalMask, PagedKVCache, block_causal_attention
 
-CONFIG = WanConfig(
-    dim=32, num_heads=2, num_layers=2, ffn_dim=64, freq_dim=16, text_dim=12, text_len=5, in_dim=4, out_dim=4
-)
-BATCH, FRAMES, LATENT = 2, 2, (4, 4, 6)  # latents [B, F, C, H, W]; frames per block
+BATCH, FRAMES = 2, 2  # videos; frames per block
 WINDOWED = {"window_frames": 5, "sink_frames": 1, "max_frames": None}
-UNLIMITED = {"max_frames": 24}
+UNLIMITED = {"max_frames": 20 * FRAMES}
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +28,11 @@ def compiled(function, backend: str = "aot_eager"):
     return torch.compile(function, backend=counter, fullgraph=True), counter
 
 
-def model() -> CausalWanModel:
-    generator = CausalWanModel(CONFIG, backend="ext")
-    nn.init.normal_(generator.head.head.weight, std=0.1)  # it starts at zero, which would hide everything before it
-    return generator
-
-
-def block(seed: int) -> tuple[Tensor, Tensor]:
+def block(seed: int, batch: int = BATCH) -> tuple[Tensor, Tensor]:
     """x [B, F, C, H, W] and t [B, F]."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(BATCH, FRAMES, *LATENT, generator=generator)
-    return x, torch.full((BATCH, FRAMES), 1000.0 / (1 + seed))
+    x = torch.randn(batch, FRAMES, *LATENT, generator=generator)
+    return x, torch.full((batch, FRAMES), 1000.0 / (1 + seed))
 
 
 @pytest.mark.parametrize("mask", [None, *MASKS[2:5]], ids=str)
@@ -101,14 +93,14 @@ def test_model_in_training(teacher_forcing: bool, checkpointed: bool):
     assert counter.frame_count == 1
 
 
-def rollout(function, generator: CausalWanModel, limits: dict, num_blocks: int = 6) -> list[Tensor]:
+def rollout(function, generator: CausalWanModel, limits: dict, num_blocks: int, batch: int = BATCH) -> list[Tensor]:
     """Two noisy calls and the clean pass of every block; what all calls returned."""
-    cache = generator.make_cache((BATCH, 1, *LATENT), page_size=5, **limits)
-    context = torch.linspace(-1, 1, BATCH * CONFIG.text_len * CONFIG.text_dim).reshape(BATCH, CONFIG.text_len, -1)
+    cache = generator.make_cache((batch, 1, *LATENT), page_size=5, **limits)
+    context = torch.linspace(-1, 1, batch * CONFIG.text_len * CONFIG.text_dim).reshape(batch, CONFIG.text_len, -1)
     outputs = []
     with torch.no_grad():
         for index in range(num_blocks):
-            x, t = block(index)
+            x, t = block(index, batch)
             outputs += [function(x, t, context, cache=cache), function(x + 1, t, context, cache=cache)]
             outputs.append(function(x - 1, t, context, cache=cache, commit=True))
     assert cache.num_frames == num_blocks * FRAMES
@@ -117,14 +109,31 @@ def rollout(function, generator: CausalWanModel, limits: dict, num_blocks: int =
 
 @pytest.mark.parametrize("limits", [WINDOWED, UNLIMITED], ids=["windowed", "unlimited"])
 def test_rollout_needs_two_graphs(limits: dict):
-    """One graph reads the cache, one writes it too; blocks, evictions and other rollouts need no others."""
+    """One graph reads the cache, one writes it too; twenty blocks, evictions and other rollouts need no others. Another
+    batch size needs one more of each, with a symbol for it, and no third batch size does."""
     generator = model()
     function, counter = compiled(generator)
-    for _ in range(2):
-        for index, (mine, true) in enumerate(
-            zip(rollout(function, generator, limits), rollout(generator, generator, limits), strict=True)
-        ):
-            assert_close(mine, true, 1e-6, f"call {index}")
+
+    def check(num_blocks: int, batch: int, graphs: int) -> None:
+        runs = (rollout(call, generator, limits, num_blocks, batch) for call in (function, generator))
+        for index, (mine, true) in enumerate(zip(*runs, strict=True)):
+            assert_close(mine, true, 1e-6, f"call {index} with batch size {batch}")
+        assert counter.frame_count == graphs
+
+    check(num_blocks=20, batch=BATCH, graphs=2)
+    check(num_blocks=3, batch=BATCH, graphs=2)
+    check(num_blocks=3, batch=BATCH + 1, graphs=4)
+    check(num_blocks=20, batch=BATCH + 2, graphs=4)
+
+
+def test_rollout_under_autocast():
+    """The casts are in the graphs."""
+    generator = model()
+    function, counter = compiled(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        runs = [rollout(call, generator, WINDOWED, num_blocks=4) for call in (function, generator)]
+    for index, (mine, true) in enumerate(zip(*runs, strict=True)):
+        assert_close(mine, true, 1e-2, f"call {index}")
     assert counter.frame_count == 2
 
 
