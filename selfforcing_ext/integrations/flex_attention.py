@@ -67,7 +67,7 @@ def span_table_of(block_mask: BlockMask, max_spans: int = MAX_SPANS) -> SpanTabl
     if kept is not None:
         return kept
     reader = _Reader(block_mask)
-    table = read_spans(reader.rows, *block_mask.seq_lengths, name="block_mask", max_spans=max_spans)
+    table: SpanTable = read_spans(reader.rows, *block_mask.seq_lengths, name="block_mask", max_spans=max_spans)
     table = table.to(block_mask.kv_indices.device)
     setattr(block_mask, _ATTRIBUTE, table)
     return table
@@ -127,7 +127,7 @@ def flex_attention_compatible(
         )
     q, k, v = op_inputs(query=query.transpose(1, 2), key=key.transpose(1, 2), value=value.transpose(1, 2))
     check_shapes(q, k, v)
-    table = full_table(q.shape[1], k.shape[1], q.device) if block_mask is None else _table_for(block_mask, q, k)
+    table = full_table(q.shape[1], k.shape[1], q.device) if block_mask is None else table_for(block_mask, q, k)
     out, lse = attention_over_spans(q, k, v, table, softmax_scale=scale)
     out = out.transpose(1, 2)
     if return_aux is not None:
@@ -135,7 +135,7 @@ def flex_attention_compatible(
     return (out, lse) if return_lse else out
 
 
-def _table_for(block_mask: BlockMask, q: Tensor, k: Tensor) -> SpanTable:
+def table_for(block_mask: BlockMask, q: Tensor, k: Tensor) -> SpanTable:
     """The table, if the mask was made for the lengths and the device of q and k [B, L, H, D]."""
     _check_type(block_mask)
     for name, tensor, wanted in (("query", q, block_mask.seq_lengths[0]), ("key", k, block_mask.seq_lengths[1])):
