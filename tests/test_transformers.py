@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -20,6 +21,8 @@ from selfforcing_ext.integrations.transformers import attention_forward, block_c
 
 register()
 
+#: What the releases call the argument.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 TOLERANCE = 5e-6  # of float32 models, relative to the same model with eager attention
 VOCABULARY = 50
 DECODER = {
@@ -161,8 +164,10 @@ def test_prefill_in_two_pieces():
     ids = tokens(2, 30)
     outs = []
     for model in (mine, eager):
-        first = model(ids[:, :17], use_cache=True)
-        outs.append(result(model, ids[:, 17:], cache=first.cache))
+        cache = transformers.DynamicCache(config=model.config)
+        arguments = {CACHE: cache, "use_cache": True}
+        result(model, ids[:, :17], **arguments)
+        outs.append(result(model, ids[:, 17:], **arguments))
     assert_close(outs[0], outs[1], TOLERANCE)
     assert_close(outs[0], result(eager, ids)[:, 17:], TOLERANCE)
 
@@ -224,11 +229,12 @@ def test_block_causal(make, mask):
         assert not torch.allclose(run(mine), result(mine, ids), atol=1e-3), "the mask changed nothing"
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the new name came with 5.24
 def test_block_causal_with_checkpointed_layers():
     mask = MASKS[0]
     plain = llama("selfforcing").train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
+    checkpointed.gradient_checkpointing_enable()
     ids = tokens(1, mask.seqlen)
     for model in (plain, checkpointed):
         with block_causal(mask):

@@ -4,7 +4,7 @@
 by ``model.set_attn_implementation("selfforcing")``. The mask arrives as transformers makes it: its mask function is
 read into spans, exactly, once per forward pass. ``block_causal(mask)`` puts a BlockCausalMask in its place.
 
-Written for transformers 5. Source of the interface: its documentation, "Attention Interface".
+Tried with transformers 5.20 and 5.24. Source of the interface: its documentation, "Attention Interface".
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class PreparedMask:
 
     def to(self, device: torch.device | str) -> PreparedMask:
         return PreparedMask(self.table.to(device), self.shape)
+
+    def contiguous(self) -> PreparedMask:
+        """Itself: releases before 5.24 ask this of every prepared mask."""
+        return self
 
 
 class _Active:
