@@ -4,6 +4,7 @@
 #   make demo      train a causal video model by Self-Forcing on two CPU cores and show its videos (outputs/demo/)
 #   make test      prove the ops against the reference, and the reference against the published implementation
 #   make check     lint, format, types
+#   make docs      the documentation, in build/docs/index.html
 #   make bench     the benchmarks, side by side with torch
 #   make teacher   train the shipped teacher from scratch (a quarter of an hour)
 #
@@ -17,7 +18,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 unexport PYTHONHOME
 
-.PHONY: build demo test check format bench teacher clean environment
+.PHONY: build demo test check format docs bench teacher clean environment
 
 # Prints nothing and does nothing when the environment is up to date.
 environment:
@@ -42,6 +43,9 @@ format: environment
 	ruff check --fix .
 	ruff format .
 	clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+docs: environment
+	NO_MKDOCS_2_WARNING=1 mkdocs build -q
 
 bench: build
 	@for op in attention kv_cache elementwise; do echo "== $$op"; python benchmarks/$$op.py || exit 1; done

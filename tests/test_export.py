@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +91,21 @@ def test_core_aten_program(masked):
         decomposed = program.run_decompositions()
         assert ops_of(decomposed) == OPS
         assert_close(decomposed.module()(*inputs()), module(*inputs()), 1e-6)
+
+
+def test_another_process_loads_a_program(masked, tmp_path: Path):
+    """Which needs nothing but the ops."""
+    module, program = masked
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((inputs(), module(*inputs()).detach()), tmp_path / "expected.pt")
+    code = """
+import torch
+from selfforcing_ext import *
+inputs, expected = torch.load("expected.pt")
+assert torch.equal(torch.export.load("program.pt2").module()(*inputs), expected)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 @torch.no_grad()
