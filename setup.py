@@ -8,6 +8,7 @@ the number of compilers at work.
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -39,36 +41,65 @@ def find_torch() -> tuple[Path, str, str | None]:
     return folder, str(version["__version__"]), version.get("cuda")
 
 
-def find_nvcc() -> str | None:
+def find_compiler() -> None:
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(shlex.split(compiler)[0]) is None:  # it may have arguments
+        stop(f"no C++ compiler ({compiler}) was found; install g++ 11 or newer, or set CXX")
+
+
+def find_tools() -> str:
+    """Folder of pybind11's CMake files; cmake and ninja only have to be there."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if importlib.util.find_spec("pybind11") is None:
+        missing.insert(0, "pybind11")
+    if missing:
+        stop(f"{' and '.join(missing)} not found; run `pip install {' '.join(missing)}` first")
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """nvcc, and where it was looked for. CUDA_HOME is taken at its word."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [Path(home) / "bin" / "nvcc"] if home else []
-    on_path = shutil.which("nvcc")
-    candidates += [Path(on_path)] if on_path else [Path("/usr/local/cuda/bin/nvcc")]
-    return next((str(path) for path in candidates if path.exists()), None)
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin"), f"in {home}/bin"
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"), "on PATH or in /usr/local/cuda"
+
+
+def wanted_cuda() -> str:
+    """SELFFORCING_CUDA: "1", "0", or "" where the build decides."""
+    wanted = os.environ.get("SELFFORCING_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        stop(f"SELFFORCING_CUDA is {wanted!r}, but must be 0 or 1")
+    return wanted
+
+
+def obstacle_to_cuda(torch_cuda: str | None, nvcc: str | None, looked: str) -> str | None:
+    """Why the CUDA part cannot be built; None if nothing is in the way."""
+    if torch_cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch"
+    if nvcc is None:
+        return f"nvcc was not found {looked}; set CUDA_HOME to the folder of a CUDA {torch_cuda} toolkit"
+    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    if release is None or release[1] != torch_cuda.split(".")[0]:
+        found = f"{release[1]}.{release[2]}" if release else "of unknown version"
+        return f"torch was built for CUDA {torch_cuda}, but the toolkit at {nvcc} is {found}; the major must match"
+    return None
 
 
 def cuda_arguments(torch_cuda: str | None) -> list[str]:
     """CMake arguments for the CUDA part, or for leaving it out."""
-    wanted = os.environ.get("SELFFORCING_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        stop(f"SELFFORCING_CUDA is {wanted!r}, but must be 0 or 1")
+    wanted = wanted_cuda()
     off = ["-DSELFFORCING_CUDA=OFF"]
     if wanted == "0" or (wanted == "" and torch_cuda is None):
         return off
-    if torch_cuda is None:
-        stop("SELFFORCING_CUDA is 1, but this torch was built without CUDA; install a CUDA build of torch")
-    nvcc = find_nvcc()
-    if nvcc is None:
-        if wanted == "":
-            return off
-        stop("SELFFORCING_CUDA is 1, but nvcc was not found; set CUDA_HOME to the toolkit's folder")
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([nvcc, "--version"], text=True))
-    if release is None or release[1] != torch_cuda.split(".")[0]:
-        found = f"{release[1]}.{release[2]}" if release else "of unknown version"
-        sentence = f"torch was built for CUDA {torch_cuda}, but the toolkit at {nvcc} is {found}; the major must match"
+    nvcc, looked = find_nvcc()
+    obstacle = obstacle_to_cuda(torch_cuda, nvcc, looked)
+    if obstacle is not None:
         if wanted == "1":
-            stop(sentence)
-        print(f"selfforcing_ext: building without CUDA: {sentence}", file=sys.stderr)
+            stop(f"SELFFORCING_CUDA is 1, but {obstacle}")
+        print(f"selfforcing_ext: building without CUDA: {obstacle}", file=sys.stderr)
         return off
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";")
     names = [name.lower().removesuffix("+ptx") for name in listed.split(";") if name]
@@ -87,6 +118,16 @@ def changes_cuda_compiler(cache: Path, arguments: list[str]) -> bool:
     return re.search(rf"^CMAKE_CUDA_COMPILER:\w+={re.escape(nvcc)}$", cache.read_text(), re.MULTILINE) is None
 
 
+class CleanBuild(build):
+    """A build for a wheel: what an earlier one left in its folder would get into the wheel, too."""
+
+    def run(self) -> None:
+        for package in self.distribution.packages or []:
+            if "." not in package:
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """One CMake run makes every shared object; the extensions listed below only tell setuptools their names."""
 
@@ -97,31 +138,28 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         built = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         output = ROOT / "selfforcing_ext" if self.into_source else built
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            stop(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) was found; install g++ 11 or newer, or set CXX")
-        try:
-            import pybind11
-        except ImportError:
-            stop("pybind11 is not installed in this Python; run `pip install pybind11 cmake ninja` first")
-        for tool in ("cmake", "ninja"):
-            if shutil.which(tool) is None:
-                stop(f"{tool} was not found; run `pip install {tool}` first")
+        wanted_cuda()  # a typing error is said first of all
+        find_compiler()
+        pybind11_cmake = find_tools()
         torch, torch_version, torch_cuda = find_torch()
-        build = ROOT / "build" / f"{'inplace' if self.into_source else 'wheel'}-{sys.implementation.cache_tag}"
+        cuda = cuda_arguments(torch_cuda)
+        if "-DSELFFORCING_CUDA=OFF" in cuda:  # else the package would load the one of an earlier build
+            (output / "_ops_cuda.so").unlink(missing_ok=True)
+        work = ROOT / "build" / f"{'inplace' if self.into_source else 'wheel'}-{sys.implementation.cache_tag}"
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *("cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja"),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_cmake}",
             f"-DSELFFORCING_TORCH_DIR={torch}",
             f"-DSELFFORCING_TORCH_VERSION={torch_version}",
             f"-DSELFFORCING_OUTPUT_DIR={output}",
-            *cuda_arguments(torch_cuda),
+            *cuda,
         ]
-        if changes_cuda_compiler(build / "CMakeCache.txt", configure):
+        if changes_cuda_compiler(work / "CMakeCache.txt", configure):
             configure.append("--fresh")  # else CMake starts anew by itself and forgets the arguments
         jobs = os.environ.get("MAX_JOBS")
-        for command in (configure, ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])]):
+        for command in (configure, ["cmake", "--build", str(work), *(["-j", jobs] if jobs else [])]):
             if subprocess.run(command).returncode:
                 stop(f"the build failed (its messages stand above): {' '.join(command[:4])} ...")
 
@@ -131,4 +169,6 @@ class CMakeBuild(build_ext):
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml
     stop(f"setuptools is {setuptools.__version__}, but must be 77 or newer; run `pip install --upgrade setuptools`")
-setup(ext_modules=[Extension("selfforcing_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("selfforcing_ext._C", sources=[])], cmdclass={"build": CleanBuild, "build_ext": CMakeBuild}
+)

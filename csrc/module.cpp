@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+#include <vector>
+
 #include "geometry/page_table.h"
 #include "simd/isa.h"
 
@@ -14,9 +17,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return selfforcing::isa_name(selfforcing::active_isa()); },
       "The instruction set that the CPU kernels use here (SELFFORCING_CPU_ISA forces one).");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const selfforcing::Isa isa : selfforcing::kIsasBestFirst)
+          if (selfforcing::machine_has(isa)) names.emplace_back(selfforcing::isa_name(isa));
+        return names;
+      },
+      "The instruction sets that this machine and this build have, best first.");
   m.attr("compiler") = SELFFORCING_COMPILER;
   m.attr("torch_version") = SELFFORCING_TORCH_VERSION;
-  m.attr("cuda_architectures") = SELFFORCING_CUDA_ARCHITECTURES;
+  m.attr("cuda_architectures") = SELFFORCING_CUDA_ARCHITECTURES;  // as CMake names them, such as "80 90a"
+  m.attr("cuda_toolkit") = SELFFORCING_CUDA_TOOLKIT;              // empty without CUDA, like the architectures
 
   py::class_<PageTable>(m, "PageTable",
                         "Which pages of a pool hold which tokens of which stream (csrc/geometry/page_table.h).")

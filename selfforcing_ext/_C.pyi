@@ -3,8 +3,10 @@ from collections.abc import Sequence
 compiler: str
 torch_version: str
 cuda_architectures: str
+cuda_toolkit: str
 
 def cpu_isa() -> str: ...
+def cpu_isas() -> list[str]: ...
 
 class PageTable:
     def __init__(self, num_streams: int, page_size: int, sink_tokens: int) -> None: ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, bfloat16, dtype, float16, float32
+
+from selfforcing_ext.gpu import check_gpu
 
 FLOAT_DTYPES = (float32, bfloat16, float16)
 
@@ -12,11 +15,14 @@ def dtype_name(value: dtype) -> str:
 
 
 def check_float_tensor(name: str, tensor: object) -> None:
-    """Raises TypeError unless it is a float32, bfloat16 or float16 tensor."""
+    """Raises TypeError unless it is a float32, bfloat16 or float16 tensor, RuntimeError if no op runs on its GPU."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a torch.Tensor")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but must be float32, bfloat16 or float16")
+    # A tensor on a GPU that torch has not touched is not real: it has a shape alone.
+    if tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        check_gpu(name, tensor.device)
 
 
 def check_heads(name: str, tensor: Tensor, layout: str = "[B, L, H, D]") -> None:

@@ -13,32 +13,51 @@ from typing import ParamSpec, TypeVar
 import nvtx
 import torch
 
+OLDEST_TORCH = (2, 11)  # whose stable ABI the ops are built against
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    raise ImportError(f"torch is {torch.__version__}, but selfforcing_ext needs torch 2.11 or newer")
+
+_HOW_TO_BUILD = "run `make build` in the source tree, or `pip install --no-build-isolation .`"
 try:
-    from selfforcing_ext._C import PageTable
+    from selfforcing_ext import _C
 except ImportError as error:
-    raise ImportError(
-        f"the compiled part of selfforcing_ext cannot be loaded ({error}); run `make build` in the source tree, or "
-        "`pip install --no-build-isolation .`"
-    ) from error
+    raise ImportError(f"the compiled part of selfforcing_ext cannot be loaded ({error}); {_HOW_TO_BUILD}") from error
 
 __all__ = ["HAS_CUDA", "PageTable", "nvtx_range", "ops"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PageTable = _C.PageTable
+
 _FOLDER = Path(__file__).parent
 
 
-def _load(name: str) -> bool:
-    path = _FOLDER / f"{name}.so"
-    if path.exists():
+def _load(path: Path) -> None:
+    try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    return path.exists()
+    except OSError as error:
+        raise ImportError(
+            f"{path.name} of selfforcing_ext cannot be loaded under torch {torch.__version__} ({error}); "
+            f"{_HOW_TO_BUILD}"
+        ) from error
 
 
-_load("_ops_cpu")
+def _load_cuda_ops(path: Path) -> bool:
+    if torch.version.cuda is None or not path.exists():
+        return False
+    if torch.version.cuda.split(".")[0] != _C.cuda_toolkit.split(".")[0]:
+        raise ImportError(
+            f"selfforcing_ext was built with CUDA {_C.cuda_toolkit}, but torch {torch.__version__} brings CUDA "
+            f"{torch.version.cuda}; the major must match, so build it again: {_HOW_TO_BUILD}"
+        )
+    _load(path)
+    return True
+
+
+_load(_FOLDER / "_ops_cpu.so")
 #: Whether this build has CUDA ops and this torch can load them.
-HAS_CUDA = torch.version.cuda is not None and _load("_ops_cuda")
+HAS_CUDA = _load_cuda_ops(_FOLDER / "_ops_cuda.so")
 
 ops = torch.ops.selfforcing
 

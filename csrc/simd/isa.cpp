@@ -29,6 +29,8 @@ bool machine_has_f16c() {
 }
 #endif
 
+}  // namespace
+
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -46,10 +48,11 @@ bool machine_has(Isa isa) {
 #endif
 }
 
+namespace {
+
 Isa choose_isa() {
-  constexpr Isa best_first[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
   const char* wanted = std::getenv("SELFFORCING_CPU_ISA");
-  for (Isa isa : best_first) {
+  for (Isa isa : kIsasBestFirst) {
     if (wanted != nullptr && *wanted != '\0') {
       if (std::string(wanted) != isa_name(isa)) continue;
       if (machine_has(isa)) return isa;

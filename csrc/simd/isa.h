@@ -13,6 +13,11 @@ enum class Isa : int32_t {
   avx512_bf16 = 3,  // the same and AVX512-BF16
 };
 
+constexpr Isa kIsasBestFirst[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
+
+// Whether this machine can run it.
+bool machine_has(Isa isa);
+
 // The best instruction set that this machine has and this build contains, or the one that SELFFORCING_CPU_ISA names
 // (read once). Throws std::runtime_error when that names an unknown set or one the machine lacks.
 Isa active_isa();
