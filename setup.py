@@ -53,7 +53,7 @@ def find_tools() -> str:
     if importlib.util.find_spec("pybind11") is None:
         missing.insert(0, "pybind11")
     if missing:
-        stop(f"{' and '.join(missing)} not found; run `pip install {' '.join(missing)}` first")
+        stop(f"{', '.join(missing)} not found; run `pip install {' '.join(missing)}` first")
     import pybind11
 
     return pybind11.get_cmake_dir()
@@ -84,7 +84,7 @@ def obstacle_to_cuda(torch_cuda: str | None, nvcc: str | None, looked: str) -> s
     release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([nvcc, "--version"], text=True))
     if release is None or release[1] != torch_cuda.split(".")[0]:
         found = f"{release[1]}.{release[2]}" if release else "of unknown version"
-        return f"torch was built for CUDA {torch_cuda}, but the toolkit at {nvcc} is {found}; the major must match"
+        return f"torch was built for CUDA {torch_cuda} and the toolkit at {nvcc} is {found}; the major must match"
     return None
 
 

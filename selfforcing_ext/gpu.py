@@ -13,12 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from selfforcing_ext._C import cuda_architectures
-from selfforcing_ext.library import HAS_CUDA
+from selfforcing_ext import library
 
 #: The kernels copy asynchronously and multiply with mma.sync, as GPUs do since Ampere.
 OLDEST_CAPABILITY = (8, 0)
-BUILT_ARCHITECTURES: tuple[str, ...] = tuple(cuda_architectures.split())
 
 
 def capability_name(architecture: str) -> str:
@@ -45,12 +43,12 @@ def architecture_for(capability: tuple[int, int], built: Sequence[str]) -> str |
 @functools.cache
 def obstacle(device: torch.device) -> str | None:
     """Why no op of this build runs on a GPU, in half a sentence; None if they run."""
-    if not HAS_CUDA:
-        return "this build of selfforcing_ext has CPU ops alone; build it under a CUDA torch with SELFFORCING_CUDA=1"
+    if not library.HAS_CUDA:
+        return "this build has CPU ops alone; build it under a CUDA torch with SELFFORCING_CUDA=1"
     capability = torch.cuda.get_device_capability(device)
-    if architecture_for(capability, BUILT_ARCHITECTURES) is not None:
+    if architecture_for(capability, library.BUILT_ARCHITECTURES) is not None:
         return None
-    built = " and ".join(capability_name(name) for name in BUILT_ARCHITECTURES)
+    built = " and ".join(capability_name(name) for name in library.BUILT_ARCHITECTURES)
     number = "{}.{}".format(*capability)
     remedy = (
         f"build it with TORCH_CUDA_ARCH_LIST={number}"
@@ -58,7 +56,7 @@ def obstacle(device: torch.device) -> str | None:
         else "the kernels need {}.{} or newer".format(*OLDEST_CAPABILITY)
     )
     gpu = torch.cuda.get_device_name(device)
-    return f"this build of selfforcing_ext is for compute capability {built}, but {gpu} has {number}; {remedy}"
+    return f"this build is for compute capability {built}, and {gpu} has {number}: {remedy}"
 
 
 def check_gpu(name: str, device: torch.device) -> None:

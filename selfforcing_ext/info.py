@@ -82,7 +82,7 @@ def compiled_part() -> dict[str, Any]:
         "compiler": _C.compiler,
         "built_with_torch": _C.torch_version,
         "cuda_toolkit": _C.cuda_toolkit or None,
-        "cuda_architectures": [gpu.capability_name(name) for name in gpu.BUILT_ARCHITECTURES],
+        "cuda_architectures": [gpu.capability_name(name) for name in library.BUILT_ARCHITECTURES],
         "torch_cuda": torch.version.cuda,
         "cuda_ops_loaded": library.HAS_CUDA,
         "threads": torch.get_num_threads(),
@@ -105,10 +105,10 @@ def self_test(gpus: list[dict[str, Any]]) -> list[Result]:
 def _gpu(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from selfforcing_ext import gpu
+    from selfforcing_ext import gpu, library
 
     capability = torch.cuda.get_device_capability(device)
-    architecture = gpu.architecture_for(capability, gpu.BUILT_ARCHITECTURES)
+    architecture = gpu.architecture_for(capability, library.BUILT_ARCHITECTURES)
     return {
         "name": torch.cuda.get_device_name(device),
         "capability": "{}.{}".format(*capability),
@@ -142,7 +142,8 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
             cuda = f"CUDA {report['cuda_toolkit']} for compute capability {', '.join(report['cuda_architectures'])}"
         rows += [
             ("built with", f"{report['compiler']}, torch {report['built_with_torch']}, {cuda}"),
-            ("CPU kernels", f"{report['cpu_kernels']} of {', '.join(report['cpu_isas'])}; {report['threads']} threads"),
+            ("CPU kernels", f"{report['cpu_kernels']} of {', '.join(report['cpu_isas'])}"),
+            ("threads", report["threads"]),
             ("CUDA kernels", _cuda_ops_text(report)),
         ]
         for index, gpu in enumerate(report["gpus"]):

@@ -23,12 +23,14 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled part of selfforcing_ext cannot be loaded ({error}); {_HOW_TO_BUILD}") from error
 
-__all__ = ["HAS_CUDA", "PageTable", "nvtx_range", "ops"]
+__all__ = ["BUILT_ARCHITECTURES", "HAS_CUDA", "PageTable", "nvtx_range", "ops"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 PageTable = _C.PageTable
+#: What the CUDA ops were built for, in CMake's names (selfforcing_ext/gpu.py).
+BUILT_ARCHITECTURES: tuple[str, ...] = tuple(_C.cuda_architectures.split())
 
 _FOLDER = Path(__file__).parent
 

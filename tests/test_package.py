@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import selfforcing_ext
 
 ROOT = Path(__file__).parents[1]
+HOW_TO_BUILD = "run `make build` in the source tree, or `pip install --no-build-isolation .`"
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +46,47 @@ def test_masks_need_no_compiled_part(without_compiled_part):
 def test_a_missing_compiled_part_is_said(name, without_compiled_part):
     result = python(f"from selfforcing_ext import {name}", without_compiled_part)
     assert "ImportError: the compiled part of selfforcing_ext cannot be loaded" in result.stderr
-    assert "run `make build` in the source tree, or `pip install --no-build-isolation .`" in result.stderr
+    assert HOW_TO_BUILD in result.stderr
+
+
+USE = "from selfforcing_ext import rope_3d"
+
+
+@pytest.fixture
+def with_compiled_module(without_compiled_part, tmp_path) -> dict[str, str]:
+    """The same with the Python module, and without the ops beside it."""
+    module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    shutil.copy(ROOT / "selfforcing_ext" / module, tmp_path / "selfforcing_ext")
+    return without_compiled_part
+
+
+def test_an_old_torch_is_said():
+    result = python(f"import torch; torch.__version__ = '2.10.0+cu128'; {USE}", {"PYTHONPATH": str(ROOT)})
+    last = result.stderr.splitlines()[-1]
+    assert last == "ImportError: torch is 2.10.0+cu128, but selfforcing_ext needs torch 2.11 or newer"
+
+
+def test_a_newer_torch_is_not_taken_for_an_old_one():
+    result = python(f"import torch; torch.__version__ = '10.0.0a0+git'; {USE}", {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("content", [None, "no shared object"])
+def test_ops_that_cannot_be_loaded_are_said(with_compiled_module, tmp_path, content):
+    if content is not None:
+        (tmp_path / "selfforcing_ext" / "_ops_cpu.so").write_text(content)
+    last = python(USE, with_compiled_module).stderr.splitlines()[-1]
+    assert last.startswith("ImportError: _ops_cpu.so of selfforcing_ext cannot be loaded under torch")
+    assert last.endswith(HOW_TO_BUILD)
+
+
+def test_a_torch_of_another_cuda_is_said(with_compiled_module, tmp_path):
+    shutil.copy(ROOT / "selfforcing_ext" / "_ops_cpu.so", tmp_path / "selfforcing_ext")
+    (tmp_path / "selfforcing_ext" / "_ops_cuda.so").touch()
+    setting = "import torch; torch.version.cuda = '12.6'; import selfforcing_ext._C as c; c.cuda_toolkit = '13.0.88'"
+    last = python(f"{setting}; {USE}", with_compiled_module).stderr.splitlines()[-1]
+    assert last.startswith("ImportError: selfforcing_ext was built with CUDA 13.0.88, but torch")
+    assert "brings CUDA 12.6; the major must match" in last
 
 
 def test_every_public_name_is_there():
@@ -92,24 +134,6 @@ def test_too_old_a_python_is_said(machine, tmp_path):
     assert result.stderr.startswith("selfforcing_ext: python3 is Python 3.8.10, but must be Python 3.10 or newer")
     assert result.stderr.count("\n") == 1
     assert not (tree / ".venv").exists()
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"SELFFORCING_CUDA": "2"}, "SELFFORCING_CUDA is '2', but must be 0 or 1"),
-        (
-            {"CXX": "no-such-compiler"},
-            "no C++ compiler (no-such-compiler) was found; install g++ 11 or newer, or set CXX",
-        ),
-    ],
-)
-def test_setup_says_what_lacks(environment, message, tmp_path):
-    arguments = ("-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
-    result = run(sys.executable, ROOT / "setup.py", *arguments, **environment)
-    assert result.returncode == 1
-    assert f"selfforcing_ext: {message}\n" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_no_registry_is_named():
