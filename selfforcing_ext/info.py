@@ -79,6 +79,7 @@ def compiled_part() -> dict[str, Any]:
     from selfforcing_ext import _C, gpu, library
 
     return {
+        "torch": torch.__version__,  # with what was built into it, which the package's metadata may leave out
         "compiler": _C.compiler,
         "built_with_torch": _C.torch_version,
         "cuda_toolkit": _C.cuda_toolkit or None,
