@@ -7,16 +7,18 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <limits>
+#include <exception>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "../attention/params.h"
+#include "elements.h"
 
 namespace selfforcing::attention_test {
+
+using namespace kernel_test;
 
 // The kernels under test: bytes of workspace, then the pass.
 struct Kernels {
@@ -26,51 +28,9 @@ struct Kernels {
   void (*backward)(const AttentionBackwardParams&);
 };
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 using Intervals = std::vector<std::pair<int32_t, int32_t>>;
 
-// ---- Elements
-
-inline float to_float(DType dtype, const void* data, int64_t index) {
-  if (dtype == DType::float32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  if (dtype == DType::bfloat16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-  }
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == 31) return fraction ? kNaN : sign * kInfinity;
-  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
-}
-
-// Values whose 7 leading fraction bits say everything are exact in all three dtypes.
-inline void from_float(DType dtype, void* data, int64_t index, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(data)[index] = value;
-    return;
-  }
-  uint16_t& bits = static_cast<uint16_t*>(data)[index];
-  if (std::isnan(value)) {
-    bits = dtype == DType::bfloat16 ? 0x7fc0 : 0x7e00;
-  } else if (dtype == DType::bfloat16) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof(wide));
-    bits = static_cast<uint16_t>(wide >> 16);
-  } else if (std::fabs(value) < 0x1p-14f) {
-    bits = value < 0 ? 0x8000 : 0;
-  } else {
-    int exponent;
-    const double fraction = std::frexp(std::fabs(value), &exponent);  // in [0.5, 1)
-    bits = static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) |
-                                 (static_cast<int>(fraction * 2048) & 1023));
-  }
-}
-
-inline int element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+// ---- Tensors
 
 // A [batch, tokens, heads, dim] tensor with gaps between its rows, tokens and batches; the gaps hold NaN.
 struct TestTensor {
@@ -144,6 +104,13 @@ struct Case {
   float scale = 0;  // 0: 1 / sqrt(dim)
 
   int num_queries() const { return block_starts.back(); }
+  // Of one matrix product.
+  double multiplications() const {
+    double keys = static_cast<double>(batch) * num_keys;
+    for (const Intervals& list : past)
+      for (auto [start, end] : list) keys += end - start;
+    return keys * heads * num_queries() * dim;
+  }
   double softmax_scale() const { return scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(dim)); }
 };
 
@@ -289,21 +256,27 @@ struct Problem {
       }
   }
 
-  // Visible keys of a query: (is past, position or key), in order.
-  std::vector<std::pair<bool, int>> visible(int b, int query) const {
+  // Keys that the queries of a block see: (is past, position or key), in order.
+  std::vector<std::pair<bool, int>> visible(int b, size_t block) const {
     std::vector<std::pair<bool, int>> keys;
     if (c.page_size > 0)
       for (auto [start, end] : c.past[b])
         for (int position = start; position < end; ++position) keys.emplace_back(true, position);
-    for (size_t block = 0; block < c.spans.size(); ++block)
-      if (c.block_starts[block] <= query && query < c.block_starts[block + 1])
-        for (auto [start, end] : c.spans[block])
-          for (int key = start; key < end; ++key) keys.emplace_back(false, key);
+    for (auto [start, end] : c.spans[block])
+      for (int key = start; key < end; ++key) keys.emplace_back(false, key);
     return keys;
   }
-  double key_at(const TestTensor& own, const TestTensor& pages, int b, std::pair<bool, int> key, int h, int d) const {
-    if (!key.first) return own.at(b, key.second, h, d);
-    return pages.at(page_table[b * pages_per_stream + key.second / c.page_size], key.second % c.page_size, h, d);
+  // Their rows of one head, [keys, dim].
+  std::vector<double> rows(const TestTensor& own, const TestTensor& pages, int b, int h,
+                           const std::vector<std::pair<bool, int>>& keys) const {
+    std::vector<double> values;
+    values.reserve(keys.size() * c.dim);
+    for (auto [is_past, key] : keys)
+      for (int d = 0; d < c.dim; ++d)
+        values.push_back(is_past
+                             ? pages.at(page_table[b * pages_per_stream + key / c.page_size], key % c.page_size, h, d)
+                             : own.at(b, key, h, d));
+    return values;
   }
 };
 
@@ -331,59 +304,57 @@ inline Exact define(const Problem& p) {
   const size_t k_size = static_cast<size_t>(c.batch) * c.num_keys * c.kv_heads * dim;
   Exact exact{Values(q_size), Values(q_size), Values(k_size), Values(k_size), {}};
   exact.lse.assign(static_cast<size_t>(c.batch) * c.heads * c.num_queries(), -kInfinity);
-  for (int b = 0; b < c.batch; ++b)
-    for (int h = 0; h < c.heads; ++h)
-      for (int query = 0; query < c.num_queries(); ++query) {
-        const auto keys = p.visible(b, query);
-        if (keys.empty()) continue;
-        std::vector<double> score(keys.size()), grad(keys.size());
-        double largest = -kInfinity, sum = 0, delta = 0;
-        for (size_t i = 0; i < keys.size(); ++i) {
-          for (int d = 0; d < dim; ++d)
-            score[i] += scale * p.q.at(b, query, h, d) * p.key_at(p.k, p.k_pages, b, keys[i], h / group, d);
-          largest = std::max(largest, score[i]);
-        }
-        for (double s : score) sum += std::exp(s - largest);
-        const size_t row = (static_cast<size_t>(b) * c.heads + h) * c.num_queries() + query;
-        exact.lse[row] = largest + std::log(sum);
-        const size_t q_row = ((static_cast<size_t>(b) * c.num_queries() + query) * c.heads + h) * dim;
-        for (size_t i = 0; i < keys.size(); ++i) {
-          score[i] = std::exp(score[i] - exact.lse[row]);
-          for (int d = 0; d < dim; ++d) {
-            const double value = p.key_at(p.v, p.v_pages, b, keys[i], h / group, d);
-            exact.out.add(q_row + d, score[i] * value, score[i] * value);
-            grad[i] += p.grad_out.at(b, query, h, d) * value;
-          }
-          delta += score[i] * grad[i];
-        }
-        if (c.grad_lse) delta -= p.grad_lse[row];
-        for (size_t i = 0; i < keys.size(); ++i) {
-          const double grad_score = scale * score[i] * (grad[i] - delta);
-          const double size = scale * score[i] * (std::fabs(grad[i]) + std::fabs(delta));
-          for (int d = 0; d < dim; ++d) {
-            const double key = p.key_at(p.k, p.k_pages, b, keys[i], h / group, d);
-            exact.grad_q.add(q_row + d, grad_score * key, size * key);
-          }
-          if (keys[i].first) continue;
-          const size_t k_row = ((static_cast<size_t>(b) * c.num_keys + keys[i].second) * c.kv_heads + h / group) * dim;
-          for (int d = 0; d < dim; ++d) {
-            const double q = p.q.at(b, query, h, d), probability_grad = score[i] * p.grad_out.at(b, query, h, d);
-            exact.grad_k.add(k_row + d, grad_score * q, size * q);
-            exact.grad_v.add(k_row + d, probability_grad, probability_grad);
-          }
-        }
+  const auto define_query = [&](int b, int h, int query, const std::vector<std::pair<bool, int>>& keys,
+                                const std::vector<double>& k_rows, const std::vector<double>& v_rows) {
+    std::vector<double> q(dim), grad_out(dim), score(keys.size()), grad(keys.size());
+    for (int d = 0; d < dim; ++d) q[d] = p.q.at(b, query, h, d), grad_out[d] = p.grad_out.at(b, query, h, d);
+    double largest = -kInfinity, sum = 0, delta = 0;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      for (int d = 0; d < dim; ++d) score[i] += scale * q[d] * k_rows[i * dim + d];
+      largest = std::max(largest, score[i]);
+    }
+    for (double s : score) sum += std::exp(s - largest);
+    const size_t row = (static_cast<size_t>(b) * c.heads + h) * c.num_queries() + query;
+    exact.lse[row] = largest + std::log(sum);
+    const size_t q_row = ((static_cast<size_t>(b) * c.num_queries() + query) * c.heads + h) * dim;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      score[i] = std::exp(score[i] - exact.lse[row]);
+      for (int d = 0; d < dim; ++d) {
+        const double term = score[i] * v_rows[i * dim + d];
+        exact.out.add(q_row + d, term, term);
+        grad[i] += grad_out[d] * v_rows[i * dim + d];
       }
+      delta += score[i] * grad[i];
+    }
+    if (c.grad_lse) delta -= p.grad_lse[row];
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const double grad_score = scale * score[i] * (grad[i] - delta);
+      const double size = scale * score[i] * (std::fabs(grad[i]) + std::fabs(delta));
+      for (int d = 0; d < dim; ++d)
+        exact.grad_q.add(q_row + d, grad_score * k_rows[i * dim + d], size * k_rows[i * dim + d]);
+      if (keys[i].first) continue;
+      const size_t k_row = ((static_cast<size_t>(b) * c.num_keys + keys[i].second) * c.kv_heads + h / group) * dim;
+      for (int d = 0; d < dim; ++d) {
+        exact.grad_k.add(k_row + d, grad_score * q[d], size * q[d]);
+        exact.grad_v.add(k_row + d, score[i] * grad_out[d], score[i] * grad_out[d]);
+      }
+    }
+  };
+  for (int b = 0; b < c.batch; ++b)
+    for (size_t block = 0; block < c.spans.size(); ++block) {
+      const auto keys = p.visible(b, block);
+      if (keys.empty()) continue;
+      for (int h = 0; h < c.heads; ++h) {
+        const std::vector<double> k_rows = p.rows(p.k, p.k_pages, b, h / group, keys);
+        const std::vector<double> v_rows = p.rows(p.v, p.v_pages, b, h / group, keys);
+        for (int query = c.block_starts[block]; query < c.block_starts[block + 1]; ++query)
+          define_query(b, h, query, keys, k_rows, v_rows);
+      }
+    }
   return exact;
 }
 
 // ---- The kernels
-
-inline void run_on_threads(int32_t num_workers, void (*body)(void*, int32_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int32_t worker = 1; worker < num_workers; ++worker) threads.emplace_back(body, context, worker);
-  body(context, 0);
-  for (std::thread& thread : threads) thread.join();
-}
 
 // Exactly as many bytes as asked for, filled with NaN, with a border that must survive.
 struct Workspace {
@@ -462,9 +433,8 @@ inline int failures = 0;
 
 inline void fail(const Problem& p, const std::string& what) {
   ++failures;
-  const char* dtypes[] = {"float32", "bfloat16", "float16"};
-  std::printf("FAILED  %s, %s, B %d H %d/%d Lq %d Lk %d D %d: %s\n", p.c.name, dtypes[static_cast<int>(p.dtype)],
-              p.c.batch, p.c.heads, p.c.kv_heads, p.c.num_queries(), p.c.num_keys, p.c.dim, what.c_str());
+  std::printf("FAILED  %s, %s, B %d H %d/%d Lq %d Lk %d D %d: %s\n", p.c.name, dtype_name(p.dtype), p.c.batch,
+              p.c.heads, p.c.kv_heads, p.c.num_queries(), p.c.num_keys, p.c.dim, what.c_str());
 }
 
 inline double worst_seen[3][5];
@@ -517,17 +487,31 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
     if (!(compute(p, kernels, num_threads) == one)) fail(p, std::to_string(num_threads) + " threads differ from one");
 }
 
-// What was seen over all checks; whether all passed.
-inline bool report(int count) {
-  const char* dtypes[] = {"float32", "bfloat16", "float16"};
+// Checks every case in every dtype, those with more than `most_multiplications` left out, and prints what was seen.
+// Whether all passed.
+inline bool check_all(const Kernels& kernels, const std::vector<int>& thread_counts, double most_multiplications) {
+  int count = 0, left_out = 0;
+  for (const Case& c : cases())
+    for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+      const Problem problem(c, dtype, ++count);
+      if (c.multiplications() > most_multiplications) {
+        ++left_out;
+        continue;
+      }
+      try {
+        check(problem, kernels, thread_counts);
+      } catch (const std::exception& error) {
+        fail(problem, error.what());
+      }
+    }
   std::printf("%-10s %10s %10s %10s %10s %10s   worst error against float64\n", "", "out", "grad_q", "grad_k", "grad_v",
               "lse");
   for (int dtype = 0; dtype < 3; ++dtype) {
-    std::printf("%-10s", dtypes[dtype]);
+    std::printf("%-10s", dtype_name(static_cast<DType>(dtype)));
     for (double worst : worst_seen[dtype]) std::printf(" %10.2e", worst);
     std::printf("\n");
   }
-  std::printf("%d problems, %d failures\n", count, failures);
+  std::printf("%d problems, %d of them too large here, %d failures\n", count, left_out, failures);
   return failures == 0;
 }
 
