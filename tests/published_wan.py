@@ -9,6 +9,7 @@ keys and values are constant to autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     """[B, L, H, D] each; visible bool [L, L]."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+
+
+@lru_cache(maxsize=4)
+def dense_mask(block_mask: BlockMask, length: int) -> Tensor:
+    """bool [length, length]"""
+    zero, positions = torch.tensor(0), torch.arange(length)
+    return block_mask.mask_mod(zero, zero, positions[:, None], positions)
 
 
 class WanRMSNorm(nn.Module):
@@ -114,9 +122,7 @@ class CausalWanSelfAttention(WanSelfAttention):
                 torch.cat([rotate(half, grid_sizes, freqs) for half in tensor.chunk(halves, dim=1)], dim=1)
                 for tensor in (q, k)
             )
-            positions = torch.arange(x.shape[1])
-            visible = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), positions[:, None], positions)
-            out = attention(q, k, v, visible)
+            out = attention(q, k, v, dense_mask(block_mask, x.shape[1]))
         else:
             frame_seqlen = int(grid_sizes[0, 1] * grid_sizes[0, 2])
             q, k = (rotate(tensor, grid_sizes, freqs, current_start // frame_seqlen) for tensor in (q, k))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import published_wan
 import pytest
@@ -788,3 +792,13 @@ def test_indices_that_a_pipeline_made_numbers():
         cache["global_end_index"] = cache["local_end_index"] = 0
         call(model.blocks[0].self_attn, block_mask=None, kv_cache=cache)
         assert cache["global_end_index"].tolist() == cache["local_end_index"].tolist() == [2 * FRAME_SEQLEN]
+
+
+def test_example():
+    """It runs as its docstring says, with the same numbers before and after."""
+    example = Path(__file__).parents[1] / "examples" / "self_forcing.py"
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    errors = [float(error) for error in re.findall(r"relative error (\S+)", result.stdout)]
+    assert len(errors) == 2
+    assert max(errors) < TOLERANCE

@@ -1,0 +1,139 @@
+"""Our ops in models of other projects: error against the host model's own attention, and the speed ratio.
+
+    python benchmarks/integrations.py [--host NAME ...] [--dtype float32|bfloat16 ...] [--seconds S] [--threads N]
+
+Each row runs the host model's own attention and ours in turns in one process, on a Wan-like shape: 12 heads of 128
+channels, 390 tokens a frame, blocks of 3 frames. Times are medians; "ratio" is the host's time over ours; "error" is
+||ours - host|| / ||host||, the worst of the outputs and, where there is a backward, of the parameters' gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+DTYPES = ("float32", "bfloat16")
+
+
+def report(name: str, seconds: float, host: Callable[[], list[Tensor]], **ours: Callable[[], list[Tensor]]) -> None:
+    """A row for each of ours against the host; each function runs once and returns its results."""
+    functions = {"host": host} | ours
+    results = {key: function() for key, function in functions.items()}
+    times: dict[str, list[float]] = {key: [] for key in functions}
+    end = time.perf_counter() + seconds
+    while len(times["host"]) < 3 or time.perf_counter() < end:
+        for key, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(measured) for key, measured in times.items()}
+    for key in ours:
+        error = max(
+            float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+            for mine, theirs in zip(results[key], results["host"], strict=True)
+        )
+        print(
+            f"{name:48s} {key:6s} {1e3 * medians[key]:8.1f} ms  host {1e3 * medians['host']:8.1f} ms"
+            f"  ratio {medians['host'] / medians[key]:5.2f}  error {error:.1e}",
+            flush=True,
+        )
+
+
+def self_forcing(dtype: torch.dtype, seconds: float) -> None:
+    """The published Self-Forcing model's form (tests/published_wan.py), one layer of Wan2.1 1.3B (arXiv 2503.20314).
+
+    "attention" is the self-attention module alone, its projections included. Training is forward and backward of 9
+    frames; a cached block is two calls after a full window of 12 frames, the first of which evicts.
+    """
+    import published_wan
+
+    from selfforcing_ext.integrations.self_forcing import accelerate, make_kv_cache
+
+    rows, columns, block, window = 15, 26, 3, 12
+    frame_seqlen = rows * columns
+    host = published_wan.CausalWanModel(
+        dim=1536, ffn_dim=8960, num_heads=12, num_layers=1, text_len=64, text_dim=64, local_attn_size=window
+    ).to(dtype)
+    ours = accelerate(copy.deepcopy(host))
+    name = f"self_forcing {str(dtype).removeprefix('torch.')}"
+
+    def attention(model: nn.Module, x: Tensor, *arguments: object) -> Tensor:
+        frames = x.shape[1] // frame_seqlen
+        sizes = torch.tensor([x.shape[1]]), torch.tensor([[frames, rows, columns]])
+        return model.blocks[0].self_attn(x, *sizes, host.freqs, *arguments)
+
+    video = torch.randn(1, 9 * frame_seqlen, 1536, dtype=dtype)
+    host.num_frame_per_block = ours.num_frame_per_block = block
+    mask = host._prepare_blockwise_causal_attn_mask("cpu", 9, frame_seqlen, block, window)
+
+    def train(model: nn.Module, block_mask: object) -> list[Tensor]:
+        out = attention(model, video, block_mask)
+        parameters = list(model.blocks[0].self_attn.parameters())
+        return [out.detach(), *torch.autograd.grad(out.float().square().mean(), parameters)]
+
+    report(f"{name}, attention, training", seconds, lambda: train(host, mask), ours=lambda: train(ours, None))
+
+    tokens = torch.randn(1, block * frame_seqlen, 1536, dtype=dtype)
+    latents, t = torch.randn(1, 16, block, 2 * rows, 2 * columns, dtype=dtype), torch.full((1, block), 500.0)
+    context = torch.randn(1, 64, 64, dtype=dtype)
+
+    def cached(model: nn.Module, cache: list, whole: bool) -> Callable[[], list[Tensor]]:
+        """A function that makes the next block; the window is filled before."""
+        start = window * frame_seqlen
+
+        @torch.no_grad()
+        def next_block() -> list[Tensor]:
+            nonlocal start
+            for _ in range(2):
+                if whole:
+                    out = model(latents, t, context, tokens.shape[1], kv_cache=cache, current_start=start)
+                else:
+                    out = attention(model, tokens, None, cache[0], start)
+            start += tokens.shape[1]
+            return [out]
+
+        with torch.no_grad():
+            attention(model, tokens.repeat(1, window // block, 1), None, cache[0], 0)
+        return next_block
+
+    for whole in (False, True):
+        dicts = [published_wan.make_dict_cache(model, 1, window * frame_seqlen) for model in (host, ours)]
+        report(
+            f"{name}, {'model' if whole else 'attention'}, cached block",
+            seconds,
+            cached(host, dicts[0], whole),
+            dict=cached(ours, dicts[1], whole),
+            pages=cached(ours, make_kv_cache(ours, 1, frame_seqlen), whole),
+        )
+
+
+HOSTS = {"self_forcing": self_forcing}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison, at least")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} threads")
+    for host in arguments.host:
+        for dtype in arguments.dtype:
+            torch.manual_seed(0)
+            HOSTS[host](getattr(torch, dtype), arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()
