@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import nvtx
@@ -52,7 +52,7 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tokenizer, text_encoder, vae, transformer: the components of a text-to-video ``WanPipeline``. The transformer is
             accelerated when the first video is generated; weights should come from block-causal training.
         scheduler: a ``FlowMatchEulerDiscreteScheduler``; its shift is applied to the denoising steps.
-        denoising_steps: falling timesteps in (0, num_train_timesteps], before the shift.
+        denoising_steps: falling timesteps in (0, num_train_timesteps], before the shift. None: 1000, 750, 500, 250.
         frames_per_block: frames of latents that are denoised together.
         window_frames, sink_frames: frames of latents that stay visible, see ``BlockCausalMask``. With a window, memory
             and time per block do not grow with the length of the video.
@@ -60,13 +60,13 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     Raises:
         TypeError: a scheduler of another kind.
-        ValueError: a transformer that takes more than noisy latents, steps that do not fall, or a window that does not
-            hold the sink and a block.
+        ValueError: a transformer that takes more than noisy latents, steps that do not fall, blocks without frames, or
+            a window that does not hold the sink and a block.
     """
 
     model_cpu_offload_seq = "text_encoder"
     # These two take turns at every block, so that moving them would cost more than it saves.
-    _exclude_from_cpu_offload = ["transformer", "vae"]  # noqa: RUF012
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["transformer", "vae"]
 
     encode_prompt = WanPipeline.encode_prompt
     _get_t5_prompt_embeds = WanPipeline._get_t5_prompt_embeds  # which it calls
@@ -78,7 +78,7 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         vae: AutoencoderKLWan,
         scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel,
-        denoising_steps: list[int] = [1000, 750, 500, 250],  # noqa: B006
+        denoising_steps: list[int] | None = None,
         frames_per_block: int = 3,
         window_frames: int | None = None,
         sink_frames: int = 0,
@@ -95,18 +95,18 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"transformer has {transformer.config.in_channels} input and {transformer.config.out_channels} output "
                 "channels, but must have as many of both: one that turns noise and text into a video"
             )
-        bounds = [scheduler.config.num_train_timesteps + 1, *denoising_steps, 0]
-        if len(denoising_steps) == 0 or not all(now > later for now, later in itertools.pairwise(bounds)):
-            raise ValueError(
-                f"denoising_steps is {list(denoising_steps)}, but must be one or more falling timesteps in "
-                f"(0, {scheduler.config.num_train_timesteps}]"
-            )
+        steps = [1000, 750, 500, 250] if denoising_steps is None else list(denoising_steps)
+        first, falls = scheduler.config.num_train_timesteps, all(a > b for a, b in itertools.pairwise([*steps, 0]))
+        if not steps or steps[0] > first or not falls:
+            raise ValueError(f"denoising_steps is {steps}, but must be one or more falling timesteps in (0, {first}]")
+        if frames_per_block < 1:
+            raise ValueError(f"frames_per_block is {frames_per_block}, but must be at least 1")
         check_window(window_frames, sink_frames, frames_per_block)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
         self.register_to_config(
-            denoising_steps=list(denoising_steps),
+            denoising_steps=steps,
             frames_per_block=frames_per_block,
             window_frames=window_frames,
             sink_frames=sink_frames,
@@ -173,9 +173,11 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if (prompt is None) == (prompt_embeds is None):
             given = "neither is" if prompt is None else "both are"
             raise ValueError(f"exactly one of prompt and prompt_embeds must be given, but {given}")
-        multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
-        if height % multiple or width % multiple:
-            raise ValueError(f"height and width are {height} and {width}, but must be multiples of {multiple}")
+        _, patch_rows, patch_columns = self.transformer.config.patch_size
+        for name, pixels, patch in (("height", height, patch_rows), ("width", width, patch_columns)):
+            multiple = self.vae_scale_factor_spatial * patch
+            if pixels < 1 or pixels % multiple:
+                raise ValueError(f"{name} is {pixels}, but must be a positive multiple of {multiple}")
         latent_frames = None if num_frames is None else self._latent_frames(num_frames)
         decoder = StreamingDecoder(self.vae)
         prompt_embeds, _ = self.encode_prompt(
@@ -242,8 +244,9 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Frames of latents of a video of ``num_frames`` frames: the first latent is one frame, the others several."""
         scale, block = self.vae_scale_factor_temporal, self.config.frames_per_block
         blocks, rest = divmod(num_frames - 1 + scale, scale * block)
-        if rest or num_frames < 1:
-            nearest = [max(1, blocks + more) * scale * block - scale + 1 for more in (0, 1)]
+        if rest or blocks < 1:
+            least = max(1, blocks)
+            nearest = [count * scale * block - scale + 1 for count in (least, least + 1)]
             raise ValueError(
                 f"num_frames is {num_frames}, but must fill blocks of {block} frames of latents: {nearest[0]} or "
                 f"{nearest[1]}, for example"
