@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,3 +268,20 @@ def test_transformers_that_need_an_image_are_refused():
     transformer = WanTransformer3DModel(num_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=36)
     with pytest.raises(ValueError, match="transformer has 36 input and 16 output channels"):
         SelfForcingWanPipeline(**components | {"transformer": transformer})
+
+
+def test_example(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "diffusers_streaming.py"))
+    example["tiny_pipeline"]().save_pretrained(tmp_path / "model")
+    for model in ([], ["--model", str(tmp_path / "model")]):
+        output = tmp_path / "video.gif"
+        monkeypatch.setattr("sys.argv", ["example", *model, "--num-frames", "21", "--output", str(output)])
+        example["main"]()
+        printed = capsys.readouterr().out.splitlines()
+        assert [re.sub(r"[\d.]+ s$", "", line) for line in printed] == [
+            "  9 frames of 64 x 96 pixels in ",
+            " 12 frames of 64 x 96 pixels in ",
+            "21 frames in all",
+        ]
+        with Image.open(output) as image:
+            assert (image.n_frames, image.size) == (21, (96, 64))
