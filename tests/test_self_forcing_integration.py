@@ -9,16 +9,21 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import published_wan
 import pytest
 import torch
 from compare import assert_as_accurate, assert_close, assert_same_bits, relative_error
-from golden_files import assert_gradients_near, assert_near, case, load, parameters
+from golden_files import assert_gradients_near, assert_near, case, files, load, parameters, replay
 from published_wan import make_crossattn_cache, make_dict_cache
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from python_ref.backend import load_backend
+from python_ref.pipelines.inference import CausalInferencePipeline
+from python_ref.pipelines.training import SelfForcingTrainingPipeline
+from python_ref.schedule import FlowMatchSchedule
 from selfforcing_ext.integrations.self_forcing import accelerate, make_kv_cache, restore
 
 SEQ_LEN = 32760  # what the published pipelines pass
@@ -201,6 +206,88 @@ def test_golden_wide_cached_calls(name, form):
         assert_near(flow, out, name=f"call {call}")
         indices = [start, *(int(cache[-1][key]) for key in ("global_end_index", "local_end_index"))]
         assert indices == tensors["indices"][call].tolist()
+
+
+class Generator(nn.Module):
+    """An accelerated model as the generator of python_ref's pipelines, which replay recorded draws: every call goes
+    through the published interface, whose only position is where a block starts."""
+
+    def __init__(self, model: nn.Module, form: str, frame_seqlen: int, dict_frames: int | None) -> None:
+        super().__init__()
+        self.model, self.form, self.frame_seqlen, self.dict_frames = model, form, frame_seqlen, dict_frames
+        self.ops = load_backend("ext")
+
+    def make_cache(self, shape: torch.Size, max_frames: int, window_frames: int | None, sink_frames: int):
+        assert [window_frames or -1, sink_frames] == [self.model.local_attn_size, self.model.sink_size]
+        layers = make_cache(self.model, self.form, shape[0], self.frame_seqlen, self.dict_frames or max_frames)
+        return SimpleNamespace(layers=layers, num_frames=0, view=lambda: SimpleNamespace(position=None))
+
+    def encode_context(self, context: Tensor) -> Tensor:
+        return context
+
+    def forward(self, x, t, context, cache, commit=False, checkpoint_layers=False) -> Tensor:
+        cache = getattr(cache, "cache", cache)
+        self.model.gradient_checkpointing = checkpoint_layers
+        start = cache.num_frames * self.frame_seqlen
+        flow = self.model(frames_second(x), t, context, SEQ_LEN, kv_cache=cache.layers, current_start=start)
+        cache.num_frames += x.shape[1] if commit else 0
+        return frames_second(flow)
+
+
+def golden_generator(name: str, form: str, window: int, sink: int, dict_frames: int | None = None) -> Generator:
+    entry = parameters(name)
+    settings = {"local_attn_size": window, "sink_size": sink}
+    model = golden_model(published_wan.CausalWanModel, f"wide/models/{entry['model']}", "ours", **settings)
+    set_window(model, entry["frame_seqlen"])
+    return Generator(model, form, entry["frame_seqlen"], dict_frames)
+
+
+@pytest.mark.parametrize("form", CACHES[1:])
+@pytest.mark.parametrize("name", files("wide/e_rollout/"))
+def test_golden_training_rollouts(name, form):
+    """With checkpointing, as the published code trains; gradients with cached keys and values as constants."""
+    entry, tensors = parameters(name), load(name)
+    options = entry["params"]
+    generator = golden_generator(name, form, options["loc"], 0)  # the published rollout never evicts
+    pipeline = SelfForcingTrainingPipeline(
+        generator,
+        FlowMatchSchedule(options["shift"]),
+        tensors["denoising_step_list"],
+        frames_per_block=options["nf"],
+        first_frame_alone=options["ind"],
+        same_step_across_blocks=options["same"],
+        last_step_only=options["last"],
+        context_noise=options["cn"],
+        gradient_frames=21,
+        window_frames=None if options["loc"] == -1 else options["loc"],
+        checkpoint_activations=True,
+    )
+    initial = tensors.get("initial_latent")
+    result = pipeline.rollout(tensors["noise"], tensors["prompt_embeds"], replay(tensors), initial_latents=initial)
+    assert_near(result.video, tensors["output"])
+    result.video.backward(tensors["w"])
+    assert_gradients_near(generator.model, tensors, "grad_detached.")
+
+
+@pytest.mark.parametrize("form", CACHES[1:])
+@pytest.mark.parametrize("name", files("wide/g_inference/"))
+def test_golden_inference(name, form):
+    entry, tensors = parameters(name), load(name)
+    options = entry["args"]
+    window, sink = entry["params"].get("loc"), entry["params"].get("sink", 0)
+    pipeline = CausalInferencePipeline(
+        golden_generator(name, form, window or -1, sink, window),
+        FlowMatchSchedule(options["model_kwargs"]["timestep_shift"]),
+        tensors["denoising_step_list"],
+        frames_per_block=options["num_frame_per_block"],
+        first_frame_alone=options["independent_first_frame"],
+        context_noise=options["context_noise"],
+        window_frames=window,
+        sink_frames=sink,
+    )
+    initial = tensors.get("initial_latent")
+    video = pipeline.generate(tensors["noise"], tensors["prompt_embeds"], replay(tensors), initial)
+    assert_near(video, tensors["output_latents"])
 
 
 # ---- What the stand-in computes: lengths that are a multiple of 128, gradients, everything the records lack
