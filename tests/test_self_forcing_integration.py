@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import re
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -589,6 +591,45 @@ def test_a_cache_of_another_dtype():
     assert 1e-4 < relative_error(ours[0], theirs) < 1e-2
 
 
+@pytest.mark.parametrize("form", CACHES[1:])
+def test_a_cache_keeps_its_dtype_under_autocast(form):
+    model, noise = make_model({"local_attn_size": 4}), rollout_noise(3)
+    theirs = roll_out(model, make_dict_cache(model, BATCH, 4 * FRAME_SEQLEN), noise, False)
+    accelerate(model)
+    cache = make_cache(model, form, BATCH, FRAME_SEQLEN, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = roll_out(model, cache, noise, False)
+    assert cache[0]["k"].dtype == torch.float32
+    assert 1e-4 < relative_error(ours, theirs) < 2e-2
+
+
+@torch.no_grad()
+def test_a_video_may_begin_anew_at_any_time():
+    """Also with blocks of another length, after one that was not finished."""
+    model, noise = accelerate(make_model({})), rollout_noise(3)
+    wanted = roll_out(model, make_kv_cache(model, BATCH, FRAME_SEQLEN), noise, False)
+    cache = make_kv_cache(model, BATCH, FRAME_SEQLEN)
+    roll_out(model, cache, noise[:, :, :3], False, frames_per_block=3)
+    assert_close(roll_out(model, cache, noise, False), wanted, TOLERANCE)
+
+
+def test_caches_are_freed_at_once():
+    """Without the garbage collector, which knows nothing of a GPU's memory."""
+    model = accelerate(make_model({}))
+    model.gradient_checkpointing = True
+    cache = make_kv_cache(model, BATCH, FRAME_SEQLEN)
+    video = roll_out(model, cache, rollout_noise(2), recorded=True)
+    alive = weakref.ref(cache.cache)
+    gc.disable()
+    try:
+        del cache
+        video.sum().backward()
+        del video
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 # ---- The model stays what it was
 
 
@@ -630,6 +671,7 @@ def test_models_within_modules():
         assert_close(ours, model(*arguments), TOLERANCE)
         accelerate(model)
     assert make_kv_cache(pipeline, BATCH, FRAME_SEQLEN).cache.num_layers == CONFIG["num_layers"]
+    accelerate(torch.compile(pipeline["score"], backend="eager"))  # a wrapper that passes attributes on
     restore(pipeline)
     with pytest.raises(ValueError, match="model is not accelerated"):
         make_kv_cache(pipeline, BATCH, FRAME_SEQLEN)
@@ -863,11 +905,15 @@ def test_dicts_that_are_too_small(window):
 def test_pages_that_do_not_fit():
     model = accelerate(make_model({}))
     attn, cache = model.blocks[0].self_attn, make_kv_cache(model, BATCH, FRAME_SEQLEN)
-    with pytest.raises(ValueError, match="current_start is frame 4, but the cache can go on at frame 0"):
+    with pytest.raises(
+        ValueError, match="current_start is frame 4 for 2 frames, but the cache can go on at frame 0, or"
+    ):
         call(attn, block_mask=None, kv_cache=cache[0], current_start=4 * FRAME_SEQLEN)
     with pytest.raises(ValueError, match=r"kv_cache has frame_seqlen 16, but frames of grid_sizes \(2, 4, 8\) have 32"):
         call(attn, block_mask=None, kv_cache=make_kv_cache(model, BATCH, 16)[0])
     call(attn, block_mask=None, kv_cache=cache[0], current_start=0)
+    with pytest.raises(ValueError, match="can go on at frame 0 with 2 frames again, at 2, or begin anew at 0"):
+        call(attn, block_mask=None, kv_cache=cache[0], current_start=FRAME_SEQLEN)
     with pytest.raises(ValueError, match=r"layers \[1\] of 2 have not written the block"):
         call(attn, block_mask=None, kv_cache=cache[0], current_start=2 * FRAME_SEQLEN)
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from selfforcing_ext.attention import attention_over_spans, block_causal_attention, full_table
+from selfforcing_ext.attention import block_causal_attention
 from selfforcing_ext.checks import check_head_dim
-from selfforcing_ext.kv_cache import KVCacheView, PagedKVCache
+from selfforcing_ext.integrations.self_forcing_cache import LayerCache, PagedCacheList, attend_with_dict
+from selfforcing_ext.kv_cache import PagedKVCache
 from selfforcing_ext.mask import BlockCausalMask, SpanTable
 from selfforcing_ext.rope import qk_norm_rope, rope_3d
 
@@ -43,7 +44,6 @@ MASK_MAKERS = (
     "_prepare_blockwise_causal_attn_mask_i2v",
     "_prepare_teacher_forcing_mask",
 )
-DICT_KEYS = ("k", "v", "global_end_index", "local_end_index")
 
 
 def accelerate(model: Model) -> Model:
@@ -149,103 +149,6 @@ def make_kv_cache(
     )
 
 
-class PagedCacheList(list["LayerCache"]):
-    """A ``PagedKVCache`` in the shape of the pipelines' list of dicts, one ``LayerCache`` per layer.
-
-    A pipeline says no more than where a call's block starts, so the cache follows from that: calls at the same start
-    replace each other's keys and values; the first call behind them makes the last of them (the clean pass) the past;
-    a call at 0 begins a new video.
-    """
-
-    def __init__(self, cache: PagedKVCache) -> None:
-        super().__init__(LayerCache(self, layer) for layer in range(cache.num_layers))
-        self.cache = cache
-        self.num_pending_frames = 0  # written by the calls so far at the current start
-        # What the block of a recorded call saw, for activation checkpointing, which runs it again after the cache has
-        # gone on. A model makes ``grid_sizes`` anew for each call and checkpoints hold on to it: it names the call.
-        self._views: MutableMapping[Tensor, KVCacheView] = WeakIdKeyDictionary()
-
-    def attend(self, layer: int, start_frame: int, grid_sizes: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a layer over the past and its own k and v [B, L, H, D], which it takes."""
-        view = self._views.get(grid_sizes)
-        if _runs_again():
-            if view is None or view.num_frames != start_frame:
-                raise RuntimeError(
-                    f"kv_cache is read again in backward at frame {start_frame}, but that call was not recorded: "
-                    "checkpoint with use_reentrant=False"
-                )
-            return view.attend(layer, q, k, v)
-        self._go_to(start_frame)
-        if torch.is_grad_enabled():
-            if view is None or view.num_frames != start_frame:
-                view = self._views[grid_sizes] = self.cache.view()
-            out = view.attend(layer, q, k, v)
-        else:
-            out = self.cache.attend(layer, q, k, v)
-        self.cache.write(layer, k, v)
-        self.num_pending_frames = k.shape[1] // self.cache.frame_seqlen
-        return out
-
-    def gather(self, pool: Tensor) -> Tensor:
-        """The kept tokens of one of the cache's pools in order, [B, tokens, H, D]: a copy."""
-        cache, table = self.cache, self.cache._table
-        num_frames = cache.num_frames + self.num_pending_frames
-        first_visible = 0 if cache.window_frames is None else num_frames - (cache.window_frames - cache.sink_frames)
-        sizes = max(0, first_visible) * cache.frame_seqlen, num_frames * cache.frame_seqlen
-        streams = []
-        for stream in range(cache.batch_size):
-            tokens = pool[table.pages(stream)].flatten(0, 1)
-            streams.append(torch.cat([tokens[start:end] for start, end in table.spans(stream, sizes[:1], sizes[1])[0]]))
-        return torch.stack(streams)
-
-    def _go_to(self, start_frame: int) -> None:
-        """Makes ``start_frame`` the next block's first frame."""
-        committed = self.cache.num_frames
-        if start_frame == committed:
-            return
-        if start_frame == committed + self.num_pending_frames:
-            self.cache.commit(self.num_pending_frames)
-        elif start_frame == 0:
-            self.cache.reset()
-        else:
-            raise ValueError(
-                f"current_start is frame {start_frame}, but the cache can go on at frame {committed} (again) or "
-                f"{committed + self.num_pending_frames} (the next block), or begin anew at 0"
-            )
-        self.num_pending_frames = 0
-
-
-class LayerCache(dict[str, Any]):
-    """One layer of a ``PagedCacheList``, in place of a dict of ``k, v, global_end_index, local_end_index``.
-
-    ``"global_end_index"`` and ``"local_end_index"`` are int64 tensors [1] on the CPU, brought up to date by every call;
-    pipelines may reset them, which does nothing: a call at 0 begins a new video. ``"k"`` and ``"v"`` are gathered from
-    the pages when asked for, [B, tokens, H, D]: writing to them changes nothing.
-    """
-
-    def __init__(self, layers: PagedCacheList, layer: int) -> None:
-        super().__init__(global_end_index=torch.zeros(1, dtype=torch.int64))
-        self["local_end_index"] = torch.zeros(1, dtype=torch.int64)
-        self.layers, self.layer = layers, layer
-
-    def __missing__(self, key: str) -> Tensor:
-        if key not in ("k", "v"):
-            raise KeyError(key)
-        cache = self.layers.cache
-        pools = cache._k_pages if key == "k" else cache._v_pages
-        return self.layers.gather(pools[self.layer])
-
-    def attend(self, start_frame: int, grid_sizes: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.layers.cache
-        q, k, v = (tensor.to(cache.dtype) for tensor in (q, k, v))
-        out = self.layers.attend(self.layer, start_frame, grid_sizes, q, k, v)
-        end = start_frame * cache.frame_seqlen + k.shape[1]
-        _set_index(self, "global_end_index", end)
-        capacity = end if cache.window_frames is None else cache.window_frames * cache.frame_seqlen
-        _set_index(self, "local_end_index", min(end, capacity))
-        return out
-
-
 class _Forward:
     """What stands in for ``attn.forward``. No module, so that it appears in no list of modules or parameters.
 
@@ -337,7 +240,7 @@ class _CausalForward(_Forward):
     def _attend_with_cache(
         self, x: Tensor, grid: Grid, grid_sizes: Tensor, kv_cache: MutableMapping[str, Any], current_start: int
     ) -> Tensor:
-        frame_seqlen = grid[1] * grid[2]
+        attn, frame_seqlen = self.attn, grid[1] * grid[2]
         if current_start % frame_seqlen:
             raise ValueError(
                 f"current_start is {current_start}, but must be a multiple of the {frame_seqlen} tokens of a frame of "
@@ -346,80 +249,27 @@ class _CausalForward(_Forward):
         start_frame = current_start // frame_seqlen
         q, k, v = self._project(x, grid, start_frame)
         if not isinstance(kv_cache, LayerCache):
-            return self._attend_with_dict(kv_cache, current_start, frame_seqlen, q, k, v)
-        if kv_cache.layers.cache.frame_seqlen != frame_seqlen:
+            rolls, sink = attn.local_attn_size != -1, attn.sink_size * frame_seqlen
+            # The published code takes 1560 tokens a frame for granted here; what it does is what it does.
+            visible = getattr(attn, "max_attention_size", attn.local_attn_size * frame_seqlen if rolls else None)
+            return attend_with_dict(kv_cache, current_start, q, k, v, rolls, sink, visible)
+        if kv_cache.frame_seqlen != frame_seqlen:
             raise ValueError(
-                f"kv_cache has frame_seqlen {kv_cache.layers.cache.frame_seqlen}, but frames of grid_sizes {grid} have "
+                f"kv_cache has frame_seqlen {kv_cache.frame_seqlen}, but frames of grid_sizes {grid} have "
                 f"{frame_seqlen} tokens"
             )
-        return kv_cache.attend(start_frame, grid_sizes, q, k, v).to(v.dtype)
-
-    def _attend_with_dict(
-        self, cache: MutableMapping[str, Any], start: int, frame_seqlen: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """Attention with the pipelines' own dict: a window that moves down by as much as a new block is too long.
-
-        The dict's tensors are pages as long as the window, one for each video, so that nothing is copied for attention.
-        """
-        _check_dict(cache, k.shape[0], self.attn)
-        dtype = v.dtype
-        q, k, v = (tensor.to(cache["k"].dtype) for tensor in (q, k, v))
-        size, num_new = cache["k"].shape[1], k.shape[1]
-        end, global_end, local_end = start + num_new, int(cache["global_end_index"]), int(cache["local_end_index"])
-        local_start = local_end + start - global_end
-        evicted = 0
-        if not 0 <= local_start <= local_end or (local_start < local_end and end > global_end):
-            raise ValueError(
-                f"current_start is {start} for {num_new} tokens, but kv_cache can go on at {global_end} or repeat a "
-                f"block of the {local_end} tokens before (global_end_index {global_end}, local_end_index {local_end})"
-            )
-        if end > global_end and self.attn.local_attn_size != -1:
-            evicted = max(0, local_start + num_new - size)
-        sink = self.attn.sink_size * frame_seqlen
-        if local_start + num_new - evicted > size or (evicted and local_end - evicted < sink):
-            raise ValueError(
-                f"kv_cache has room for {size} tokens, but must have it for {local_start + num_new} (or, with a "
-                f"window, for the sink's {sink} and the block's {num_new})"
-            )
-        if _runs_again():
-            if global_end - local_end > max(0, end - size):
-                raise RuntimeError(
-                    f"kv_cache has evicted tokens that the block at {start} saw and that backward needs again: use "
-                    "make_kv_cache, which keeps them"
-                )
-        else:
-            with torch.no_grad():
-                for key, new in (("k", k), ("v", v)):
-                    if evicted:
-                        cache[key][:, sink : local_end - evicted] = cache[key][:, sink + evicted : local_end].clone()
-                    cache[key][:, local_start - evicted : local_start - evicted + num_new] = new
-            _set_index(cache, "global_end_index", end)
-            _set_index(cache, "local_end_index", local_start - evicted + num_new)
-        local_start -= evicted
-
-        first = max(0, local_start + num_new - self._max_attention_size(frame_seqlen, size))
-        batch, device = q.shape[0], q.device
-        page_table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
-        past_spans = torch.tensor([[first, max(first, local_start)]], dtype=torch.int32, device=device)
-        past = cache["k"], cache["v"], page_table, past_spans.expand(batch, 1, 2).contiguous()
-        out, _ = attention_over_spans(q, k, v, full_table(num_new, num_new, device), past)
-        return out.to(dtype)
-
-    def _max_attention_size(self, frame_seqlen: int, cache_size: int) -> int:
-        window = _window(self.attn.local_attn_size)
-        default = cache_size if window is None else window * frame_seqlen
-        return int(getattr(self.attn, "max_attention_size", default))
+        return kv_cache.attend(start_frame, grid_sizes, q, k, v)
 
 
 # ---- Knowing a model by its form
 
 
 def _hosts(model: nn.Module) -> list[nn.Module]:
-    """The modules whose blocks have a self-attention."""
+    """The modules whose blocks have a self-attention. Wrappers that pass attributes on are none."""
     hosts = [
         module
         for module in model.modules()
-        if isinstance(blocks := getattr(module, "blocks", None), nn.ModuleList)
+        if isinstance(blocks := module._modules.get("blocks"), nn.ModuleList)
         and len(blocks)
         and all(hasattr(block, "self_attn") for block in blocks)
     ]
@@ -501,30 +351,6 @@ def _common_grid(grid_sizes: Tensor) -> Grid:
         raise ValueError(f"grid_sizes is {grid_sizes.tolist()}, but all videos of a batch must have one size")
     frames, rows, columns = grids.pop()
     return int(frames), int(rows), int(columns)
-
-
-def _runs_again() -> bool:
-    """Whether this is a checkpoint's second run: autograd is in backward."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _set_index(cache: MutableMapping[str, Any], name: str, value: int) -> None:
-    if isinstance(cache[name], Tensor):
-        cache[name].fill_(value)
-    else:  # some pipelines reset it to a number
-        cache[name] = torch.tensor([value], dtype=torch.int64)
-
-
-def _check_dict(cache: MutableMapping[str, Any], batch: int, attn: Any) -> None:
-    missing = [key for key in DICT_KEYS if key not in cache]
-    if missing or "is_init" in cache:
-        raise ValueError(f"kv_cache has {', '.join(cache)}, but must have {', '.join(DICT_KEYS)} (and no is_init)")
-    for key in ("k", "v"):
-        wanted = [batch, cache["k"].shape[1], attn.num_heads, attn.head_dim]
-        if list(cache[key].shape) != wanted:
-            raise ValueError(
-                f"kv_cache['{key}'] has shape {list(cache[key].shape)}, but must have [B, L, H, D] = {wanted}"
-            )
 
 
 @lru_cache(maxsize=64)
