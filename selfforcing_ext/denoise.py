@@ -36,7 +36,8 @@ def denoise_step(
 
     Returns:
         x0 = x_t - sigma flow, and (1 - sigma_next) x0 + sigma_next noise, or None if ``sigma_next`` is None. Both
-        [B, F, C, H, W], contiguous, in the dtype of x_t, computed in float32, x0 not rounded in between.
+        [B, F, C, H, W], contiguous, in the dtype of x_t, under autocast too; computed in float32, x0 not rounded in
+        between.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -77,7 +78,7 @@ def add_noise(
         sigma: noise level, in [0, 1]; any floating dtype, used as float32.
 
     Returns:
-        [B, F, C, H, W], contiguous, in the dtype of x0, computed in float32.
+        [B, F, C, H, W], contiguous, in the dtype of x0, under autocast too; computed in float32.
 
     Raises:
         TypeError, ValueError: as in ``denoise_step``.
@@ -109,7 +110,7 @@ def dmd_gradient(
 
     Returns:
         (x0_fake - real) / mean |x - real|, the mean over all but the batch dimension; non-finite values replaced as by
-        ``torch.nan_to_num``. [B, F, C, H, W], contiguous, in the dtype of x, computed in float32.
+        ``torch.nan_to_num``. [B, F, C, H, W], contiguous, in the dtype of x, under autocast too; computed in float32.
 
     Raises:
         TypeError, ValueError: as in ``denoise_step``.

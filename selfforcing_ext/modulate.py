@@ -30,8 +30,8 @@ def modulated_layer_norm(
         eps: added to the variance; not below 0.
 
     Returns:
-        [B, L, C], contiguous, in the dtype of x; computed in float32. The gradients of shift and scale are summed in
-        float32 in an order that depends on sizes alone.
+        [B, L, C], contiguous, in the dtype of x, under autocast too; computed in float32. The gradients of shift and
+        scale are summed in float32 in an order that depends on sizes alone.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -64,8 +64,8 @@ def gated_residual(
         gate: factor on the tokens of each frame; any floating dtype, used as float32.
 
     Returns:
-        [B, L, C], contiguous, in the dtype of x; computed in float32. The gradient of gate is summed in float32 in an
-        order that depends on sizes alone.
+        [B, L, C], contiguous, in the dtype of x, under autocast too; computed in float32. The gradient of gate is
+        summed in float32 in an order that depends on sizes alone.
 
     Raises:
         TypeError, ValueError: as in ``modulated_layer_norm``.

@@ -34,7 +34,7 @@ def rope_3d(
             read when the op runs, so that captured graphs replay with new positions. Rows and columns start at 0.
 
     Returns:
-        [B, L, H, D], contiguous, in the dtype of x. Angles are float64, the rotation float32.
+        [B, L, H, D], contiguous, in the dtype of x, under autocast too. Angles are float64, the rotation float32.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -71,8 +71,8 @@ def qk_norm_rope(
         eps: added to the mean square; not below 0.
 
     Returns:
-        [B, L, H, D], contiguous, in the dtype of x: computed in float32, rounded once at the end. The gradient of
-        weight is summed in float32 in an order that depends on sizes alone.
+        [B, L, H, D], contiguous, in the dtype of x, under autocast too: computed in float32, rounded once at the end.
+        The gradient of weight is summed in float32 in an order that depends on sizes alone.
 
     Raises:
         TypeError: a dtype that is not accepted.

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import selfforcing_ext
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_NOT_RUN = 6
@@ -28,6 +30,7 @@ MOST_NOT_RUN = 6
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.DOTALL)
 PROMISE = re.compile(r"^.*print\(.*\)  # (.+)$", re.MULTILINE)
+ENTRY = re.compile(r"^::: (\S+)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -97,6 +100,11 @@ def test_shell_commands_exist(block: Block):
                 assert (ROOT / script).is_file(), line
             case [command, *_] if "/" in command:
                 assert (ROOT / command).is_file(), line
+
+
+def test_every_public_name_has_an_entry():
+    entries = {name for page in PAGES for name in ENTRY.findall(page.read_text(encoding="utf-8"))}
+    assert {f"selfforcing_ext.{name}" for name in selfforcing_ext.__all__} <= entries
 
 
 def test_blocks_that_do_not_run_are_few():
