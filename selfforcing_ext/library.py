@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import nvtx
 import torch
+from torch.autograd import forward_ad
 
 OLDEST_TORCH = (2, 11)  # whose stable ABI the ops are built against
 if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
@@ -65,16 +66,29 @@ ops = torch.ops.selfforcing
 
 
 def nvtx_range(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Puts an NVTX range around every call of a function, except where torch.compile traces it."""
+    """Puts an NVTX range around every call of a public function, except where torch.compile traces it.
+
+    A call whose arguments have forward-mode tangents is refused: torch's custom ops drop them without a word.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(name, *args, *kwargs.values())
             with nvtx.annotate(name, domain="selfforcing"):
                 return function(*args, **kwargs)
 
         return wrapper
 
     return decorate
+
+
+def _refuse_tangents(name: str, *arguments: object) -> None:
+    for argument in arguments:
+        if not isinstance(argument, torch.Tensor):
+            continue
+        if forward_ad.unpack_dual(argument).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(f"{name} has no forward-mode derivative, but an argument has a tangent")
