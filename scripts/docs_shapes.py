@@ -97,6 +97,9 @@ def parse(
             for entry in section.value:
                 if entry.name.endswith(","):  # "a, b: ...", of which all but the first word was taken for a type
                     entry.name, entry.annotation = f"{entry.name} {entry.annotation}", None
+        if isinstance(section, DocstringSectionRaises):
+            for entry in section.value:
+                entry.annotation = str(entry.annotation).strip("()")  # two errors with one cause are no tuple
         if isinstance(section, DocstringSectionParameters):
             for entry in section.value:
                 described |= describe(entry, arguments, comments)

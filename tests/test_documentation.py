@@ -128,3 +128,44 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path):
     first, second = blocks_of(page)
     assert (first.not_run, first.language, first.line) == ("why", "bash", 3)
     assert (second.not_run, second.text, PROMISE.findall(second.text)) == (None, "print(2)  # 3\n", ["3"])
+
+
+SAMPLE = '''
+def rotate(
+    q: Tensor,  # [B, Lq, D]
+    k: Tensor,  # [B, Lk, D]
+    v: Tensor,  # [B, Lk, D]
+    angle: float = 0.0,
+    mask: Tensor | None = None,  # bool [Lq, Lk]
+) -> Tensor:  # [B, Lq, D]
+    """Rotates.
+
+    Args:
+        q, k: of one dtype, float32 [1] for instance.
+        {name}: in radians.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit.
+    """
+'''
+
+
+def test_shapes_in_comments_are_documented(tmp_path: Path):
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(ROOT / "scripts" / "docs_shapes.py"))
+    (tmp_path / "sample.py").write_text(SAMPLE.format(name="angle"))
+    function = griffe.load("sample", search_paths=[tmp_path], extensions=extensions)["rotate"]
+    text, parameters, returns, raises = (section.value for section in function.docstring.parsed)
+    assert text == "Rotates."
+    assert [(entry.name, str(entry.annotation), entry.description) for entry in parameters] == [
+        ("q, k", "Tensor", "q `[B, Lq, D]`; k `[B, Lk, D]`; of one dtype, float32 `[1]` for instance."),
+        ("angle", "float", "in radians."),
+        ("v", "Tensor", "`[B, Lk, D]`"),
+        ("mask", "Tensor | None", "bool `[Lq, Lk]`"),
+    ]
+    assert [entry.description for entry in returns] == ["`[B, Lq, D]`"]
+    assert [entry.annotation for entry in raises] == ["TypeError, ValueError"]
+
+    (tmp_path / "sample.py").write_text(SAMPLE.format(name="angel"))
+    with pytest.raises(ValueError, match=r"describes \{'angel'\}, but the arguments are"):
+        griffe.load("sample", search_paths=[tmp_path], extensions=extensions)
