@@ -54,7 +54,8 @@ class SpanTable:
         )
 
     def to(self, device: torch.device | str) -> SpanTable:
-        return SpanTable(*(tensor.to(device) for tensor in self.tensors()))
+        with torch.inference_mode(False):  # tables are kept, and autograd saves no tensors of inference mode
+            return SpanTable(*(tensor.to(device) for tensor in self.tensors()))
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """The same as a bool tensor [num_queries, num_keys], True where the query sees the key."""
@@ -288,4 +289,5 @@ def _csr(lists: Sequence[Sequence[Interval]]) -> tuple[Tensor, Tensor]:
 
 
 def _int32(values: Sequence[int] | Sequence[Interval]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cpu")  # under torch.device("meta") too
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int32, device="cpu")  # under torch.device("meta") too

@@ -137,6 +137,12 @@ def test_tables_are_made_once_per_device():
     assert mask.spans("meta").spans.device.type == "meta"
 
 
+def test_tables_made_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        tables = BlockCausalMask(4, 3).spans(), BlockCausalMask(4, 3).spans("meta"), full_span_table(7, 11)
+    assert not any(tensor.is_inference() for table in tables for tensor in table.tensors())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -613,6 +613,20 @@ def test_a_video_may_begin_anew_at_any_time():
     assert_close(roll_out(model, cache, noise, False), wanted, TOLERANCE)
 
 
+@pytest.mark.parametrize("form", CACHES[1:])
+def test_training_after_inference_mode(form):
+    """Nothing that is kept belongs to inference mode, which autograd does not take."""
+    model, noise = accelerate(make_model({"num_frame_per_block": 2})), rollout_noise(2)
+    model.gradient_checkpointing = True
+    arguments, _ = inputs_of({})
+    with torch.inference_mode():
+        roll_out(model, make_cache(model, form, BATCH, FRAME_SEQLEN, 4), noise, False)
+        model(*arguments)
+    roll_out(model, make_cache(model, form, BATCH, FRAME_SEQLEN, 4), noise, True).sum().backward()
+    model(*arguments).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_caches_are_freed_at_once():
     """Without the garbage collector, which knows nothing of a GPU's memory."""
     model = accelerate(make_model({}))

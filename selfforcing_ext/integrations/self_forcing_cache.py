@@ -11,6 +11,7 @@ cache has gone on; it reads what it read before and writes nothing.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -198,11 +199,18 @@ def attend_with_dict(
         _set_index(cache, "local_end_index", local_start + num_new)
 
     first = 0 if visible is None else min(local_start, max(0, local_start + num_new - visible))
-    page_table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
-    past_spans = torch.tensor([[[first, local_start]]] * batch, dtype=torch.int32, device=device)
-    past = cache["k"], cache["v"], page_table, past_spans
+    past = cache["k"], cache["v"], *_one_page(batch, first, local_start, device)
     out, _ = attention_over_spans(q, k, v, full_table(num_new, num_new, device), past)
     return out.to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _one_page(batch: int, first: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Page table [B, 1] and spans [B, 1, 2] for a page of each video, seen from ``first`` to ``end``: the same for all
+    layers and denoising steps."""
+    with torch.inference_mode(False):  # autograd saves them later
+        page_table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
+        return page_table, torch.tensor([[[first, end]]] * batch, dtype=torch.int32, device=device)
 
 
 def _check_dict(cache: MutableMapping[str, Any], batch: int, num_heads: int, head_dim: int) -> None:
