@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +136,26 @@ def test_too_old_a_python_is_said(machine, tmp_path):
     assert result.stderr.startswith("selfforcing_ext: python3 is Python 3.8.10, but must be Python 3.10 or newer")
     assert result.stderr.count("\n") == 1
     assert not (tree / ".venv").exists()
+
+
+def test_contributing_is_true():
+    """Files, names in them and make targets that the guide speaks of are there; its example, "gain", is not."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paths = set(re.findall(r"`((?:\.ci|[\w.]+)/[\w./]*|\w+\.(?:txt|md))`", prose)) | set(
+        re.findall(r"\]\(([^)]+)\)", prose)
+    )
+    missing = {path for path in paths if "gain" not in path and not (ROOT / path).exists()}
+    assert not missing
+    assert len(paths) > 20
+    for name, path in re.findall(r"`(\w+)` (?:of|in) `([\w/.]+)`", prose):
+        assert name in (ROOT / path).read_text(), (name, path)
+    for name in re.findall(r"`(SELFFORCING_[A-Z_]+SOURCES|SELFFORCING_OPS)`", prose):
+        assert f"set({name}" in (ROOT / "CMakeLists.txt").read_text(), name
+    targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
+    assert {f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets} == {True}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(code)
 
 
 def test_no_registry_is_named():
