@@ -31,7 +31,7 @@ def find_torch() -> tuple[Path, str, str | None]:
     """Folder of the torch package, its version and the CUDA version it was built for."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        stop("torch is not installed in this Python; install torch first, then build with --no-build-isolation")
+        stop("torch was not found; install it, then build with --no-build-isolation, so that the build sees it")
     version: dict[str, str | None] = {}
     folder = Path(spec.origin).parent
     exec((folder / "version.py").read_text(), version)  # importing torch itself would take seconds

@@ -85,7 +85,7 @@ def assert_said(result: subprocess.CompletedProcess[str], sentence: str) -> None
 
 
 def test_no_torch(setup):
-    sentence = "torch is not installed in this Python; install torch first, then build with --no-build-isolation"
+    sentence = "torch was not found; install it, then build with --no-build-isolation, so that the build sees it"
     assert_said(setup(hidden=("torch",)), sentence)
 
 
