@@ -117,7 +117,69 @@ def self_forcing(dtype: torch.dtype, seconds: float) -> None:
         )
 
 
-HOSTS = {"self_forcing": self_forcing}
+def diffusers(dtype: torch.dtype, seconds: float) -> None:
+    """diffusers' Wan transformer, two layers of Wan2.1 1.3B (arXiv 2503.20314).
+
+    "model" is all of it on 3 frames, "attention" a self-attention module alone, its projections included. Training is
+    forward and backward, of 3 frames or, block-causal, of 9, where the host gets a dense mask. A cached block is 3
+    frames after 6 others; the host, which has no cache, computes all 9 under a dense mask.
+    """
+    from diffusers import WanTransformer3DModel
+
+    from selfforcing_ext import BlockCausalMask, PagedKVCache
+    from selfforcing_ext.integrations.diffusers import Positions, accelerate
+
+    rows, columns, block, video = 15, 26, 3, 9
+    frame_seqlen = rows * columns
+    host = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2).to(dtype)
+    ours = accelerate(copy.deepcopy(host))
+    name = f"diffusers {str(dtype).removeprefix('torch.')}"
+    latents = torch.randn(1, 16, video, 2 * rows, 2 * columns, dtype=dtype)
+    text, t = torch.randn(1, 512, 4096, dtype=dtype), torch.tensor([500.0])
+
+    @torch.no_grad()
+    def predict(model: nn.Module) -> list[Tensor]:
+        return [model(latents[:, :, :block], t, text).sample]
+
+    report(f"{name}, model", seconds, lambda: predict(host), ours=lambda: predict(ours))
+
+    tokens = torch.randn(1, video * frame_seqlen, 1536, dtype=dtype)
+
+    def train(model: nn.Module, frames: int, visible: Tensor | None = None) -> Callable[[], list[Tensor]]:
+        attention, where = model.blocks[0].attn1, model.rope(latents[:, :, :frames])
+
+        def forward_and_backward() -> list[Tensor]:
+            out = attention(tokens[:, : frames * frame_seqlen], None, visible, where)
+            return [out.detach(), *torch.autograd.grad(out.float().square().mean(), list(attention.parameters()))]
+
+        return forward_and_backward
+
+    report(f"{name}, attention, training", seconds, train(host, block), ours=train(ours, block))
+    mask = BlockCausalMask(video, frame_seqlen, block)
+    visible = mask.dense()
+    accelerate(ours, mask)
+    causal = train(host, video, visible), train(ours, video)
+    report(f"{name}, attention, block-causal training", seconds, causal[0], ours=causal[1])
+
+    cache, newest = PagedKVCache(1, 12, 128, frame_seqlen, dtype=dtype), (block, rows, columns)
+    where = host.rope(latents)
+
+    @torch.no_grad()
+    def without_cache() -> list[Tensor]:
+        return [host.blocks[0].attn1(tokens, None, visible, where)[:, -block * frame_seqlen :]]
+
+    @torch.no_grad()
+    def next_block(x: Tensor, writes_to: PagedKVCache | None = None) -> list[Tensor]:
+        return [ours.blocks[0].attn1(x, None, None, Positions(newest, cache.position, past=cache, writes_to=writes_to))]
+
+    *past, last = tokens.split(block * frame_seqlen, dim=1)
+    for x in past:
+        next_block(x, writes_to=cache)
+        cache.commit(block)
+    report(f"{name}, attention, cached block", seconds, without_cache, ours=lambda: next_block(last))
+
+
+HOSTS = {"diffusers": diffusers, "self_forcing": self_forcing}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import accelerate as accelerate_library
 import numpy as np
 import pytest
 import torch
@@ -201,13 +202,42 @@ def test_bfloat16_is_near_float32():
 
 def test_saved_pipeline_makes_the_same_video(tmp_path):
     pipeline = make_pipeline(window_frames=4, sink_frames=1, context_noise=10)
-    expected = pipeline(PROMPTS, num_frames=21, generator=seeded(), **CALL).frames
+    expected = pipeline(PROMPTS, num_frames=21, generator=seeded(), output_type="pt", **CALL).frames
     pipeline.save_pretrained(tmp_path)
     loaded = SelfForcingWanPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     for name in ("denoising_steps", "frames_per_block", "window_frames", "sink_frames", "context_noise"):
         assert loaded.config[name] == pipeline.config[name], name
-    assert np.array_equal(loaded(PROMPTS, num_frames=21, generator=seeded(), **CALL).frames, expected)
+    assert_close(loaded(PROMPTS, num_frames=21, generator=seeded(), output_type="pt", **CALL).frames, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_encoded_prompts_need_no_text_encoder(tmp_path):
+    pipeline = make_pipeline()
+    text, _ = pipeline.encode_prompt(PROMPTS, None, False, max_sequence_length=TEXT_LENGTH)
+    call = {"num_frames": 5, "output_type": "pt", **CALL}
+    expected = pipeline(PROMPTS, generator=seeded(), **call).frames
+    pipeline.save_pretrained(tmp_path)
+    loaded = SelfForcingWanPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None)
+    loaded.set_progress_bar_config(disable=True)
+    assert_close(loaded(prompt_embeds=text, generator=seeded(), **call).frames, expected, 1e-5)
+    loaded.save_pretrained(tmp_path / "smaller")
+    assert SelfForcingWanPipeline.from_pretrained(tmp_path / "smaller").text_encoder is None
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@torch.no_grad()
+def test_offloaded_weights(sequential):
+    pipeline = make_pipeline()
+    call = {"num_frames": 13, "output_type": "pt", **CALL}
+    expected = pipeline(PROMPTS, generator=seeded(), **call).frames
+    if sequential:
+        for part in (pipeline.transformer, pipeline.vae):
+            accelerate_library.cpu_offload(part, torch.device("cpu"))
+        assert pipeline.vae.device.type == "meta"
+    else:
+        pipeline.enable_model_cpu_offload(device="cpu")
+    assert_close(pipeline(PROMPTS, generator=seeded(), **call).frames, expected, 1e-5)
 
 
 def test_pipeline_of_diffusers_as_a_start(tmp_path):

@@ -25,7 +25,7 @@ try:
     from diffusers.loaders import WanLoraLoaderMixin
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
     from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-    from diffusers.utils.torch_utils import randn_tensor
+    from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
     from diffusers.video_processor import VideoProcessor
     from transformers import AutoTokenizer, UMT5EncoderModel
 except ImportError as error:
@@ -50,7 +50,8 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     Args:
         tokenizer, text_encoder, vae, transformer: the components of a text-to-video ``WanPipeline``. The transformer is
-            accelerated when the first video is generated; weights should come from block-causal training.
+            accelerated when the first video is generated; weights should come from block-causal training. The first
+            two may be None where prompts come encoded.
         scheduler: a ``FlowMatchEulerDiscreteScheduler``; its shift is applied to the denoising steps.
         denoising_steps: falling timesteps in (0, num_train_timesteps], before the shift. None: 1000, 750, 500, 250.
         frames_per_block: frames of latents that are denoised together.
@@ -67,14 +68,15 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder"
     # These two take turns at every block, so that moving them would cost more than it saves.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["transformer", "vae"]
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
 
     encode_prompt = WanPipeline.encode_prompt
     _get_t5_prompt_embeds = WanPipeline._get_t5_prompt_embeds  # which it calls
 
     def __init__(
         self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
+        tokenizer: AutoTokenizer | None,
+        text_encoder: UMT5EncoderModel | None,
         vae: AutoencoderKLWan,
         scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel,
@@ -202,7 +204,8 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         generator: Generator | None,
     ) -> Iterator[Tensor]:
         """Yields the clean latents [B, C, frames_per_block, rows, columns] of each block."""
-        transformer, settings, device = self.transformer, self.config, self._execution_device
+        transformer, settings = self.transformer, self.config
+        device = get_module_execution_device(transformer)
         if not is_accelerated(transformer):
             accelerate(transformer)
         batch_size, block_frames = prompt_embeds.shape[0], settings.frames_per_block
@@ -280,7 +283,7 @@ class StreamingDecoder:
         """The next frames [B, 3, frames, height, width] in [-1, 1], from latents [B, C, F, rows, columns] as the
         transformer sees them (normalised). The first latent of a video is one frame, the others several."""
         vae, config = self.vae, self.vae.config
-        latents = latents.to(vae.device, vae.dtype)
+        latents = latents.to(get_module_execution_device(vae), vae.dtype)
         mean, std = (
             latents.new_tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
         )
