@@ -344,13 +344,23 @@ def test_restore_and_state_dict(tmp_path):
     assert torch.equal(model(**inputs).sample, expected)
 
 
-def test_compiles_in_one_graph():
+def test_compiled_rollout_takes_two_graphs():
+    """One reads the cache, one writes it too; neither depends on the position or on the cache."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
     model = accelerate(make_model(num_layers=1))
-    inputs = make_inputs(model, frames=1)
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    inputs = make_inputs(model, frames=10)
     with torch.no_grad():
-        expected = model(**inputs).sample
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_close(compiled(**inputs).sample, expected, MODEL_TOLERANCE)
+        caches = [make_kv_cache(model, inputs["hidden_states"].shape, window_frames=4) for _ in range(3)]
+        expected = generate(model, caches[0], inputs, frames_per_block=2)
+        for cache in caches[1:]:
+            assert_close(generate(compiled, cache, inputs, frames_per_block=2), expected, MODEL_TOLERANCE)
+    assert len(graphs) == 2
 
 
 def test_errors_name_what_is_wrong():
