@@ -1,15 +1,19 @@
-#include "cuda_backward.cuh"
 #include "cuda_dispatch.h"
-#include "cuda_forward.cuh"
+#include "cuda_mma_backward.cuh"
+#include "cuda_mma_forward.cuh"
 
 namespace selfforcing::attention_cuda {
 
+int64_t forward_workspace_bytes_bfloat16(const AttentionParams& params) {
+  return SELFFORCING_MMA_BY_HEAD_DIM(mma_forward_workspace_bytes, ptx::bfloat16, params);
+}
+
 int32_t forward_bfloat16(const AttentionParams& params) {
-  return SELFFORCING_ATTENTION_BY_HEAD_DIM(launch_forward, ptx::bfloat16, params);
+  return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_forward, ptx::bfloat16, params);
 }
 
 int32_t backward_bfloat16(const AttentionBackwardParams& params) {
-  return SELFFORCING_ATTENTION_BY_HEAD_DIM(launch_backward, ptx::bfloat16, params);
+  return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_backward, ptx::bfloat16, params);
 }
 
 }  // namespace selfforcing::attention_cuda

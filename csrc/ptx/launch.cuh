@@ -35,4 +35,15 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shar
 #endif
 }
 
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+#else
+  return emulation::kMultiprocessors;
+#endif
+}
+
 }  // namespace selfforcing::ptx

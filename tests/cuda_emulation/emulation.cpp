@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -20,6 +21,9 @@
 #endif
 #if defined(SELFFORCING_RACE_CHECK)
 #include <sanitizer/tsan_interface.h>
+// What the compiler calls for accesses of many bytes.
+extern "C" void __tsan_read_range(void* address, unsigned long bytes);
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
 #endif
 
 namespace selfforcing::emulation {
@@ -32,8 +36,18 @@ constexpr size_t kSharedAlignment = 128;
 
 // ---- Fibers: a stack each, and a switch between them.
 
+// An asynchronous copy that its thread has not waited for.
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes, given_bytes;
+  unsigned group;
+};
+
 struct Fiber {
   Thread thread;
+  std::deque<Copy> copies;
+  unsigned group = 0;  // of the next copy
   char* stack = nullptr;
   const char* waits_for = nullptr;  // nullptr: may run
   std::source_location where;
@@ -112,6 +126,18 @@ void acquire([[maybe_unused]] void* event) {
 #endif
 }
 
+// Accesses to shared memory that the machine makes for a thread.
+void note_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_read_range(const_cast<void*>(address), bytes);
+#endif
+}
+void note_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_write_range(address, bytes);
+#endif
+}
+
 // ---- The block that runs now
 
 struct Barrier {
@@ -121,10 +147,18 @@ struct Barrier {
   char event[2];  // by parity of the round: nobody is two rounds ahead
 };
 
+// The operands of one lane of a product or a load of matrices.
+struct Operands {
+  const void* row;
+  void* result;
+  const unsigned *a, *b;
+};
+
 struct Warp {
   unsigned arrived = 0, mask = 0, round = 0;
   std::source_location where;
   uint64_t value[2][kWarpSize];  // by parity of the round
+  Operands operands[kWarpSize];
   unsigned votes[2];
   char event[2];
 };
@@ -172,6 +206,7 @@ void fiber_main() {
   after_switch();
   acquire(&kernel_start);
   kernel_body(kernel_context);
+  if (!running->copies.empty()) fail(running->where, "the thread ends before its asynchronous copies do");
   release(&kernel_end);
   running->done = true;
   ++num_done;
@@ -183,6 +218,8 @@ void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.waits_for = nullptr;
   fiber.fake_stack = nullptr;
+  fiber.copies.clear();
+  fiber.group = 0;
   if (fiber.stack == nullptr) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0)
@@ -331,6 +368,95 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, bool vote, uns
   if ((mask >> (source_lane & 31) & 1) == 0) fail(where, "a warp operation reads a lane that takes no part");
   if (votes != nullptr) *votes = warp.votes[parity];
   return warp.value[parity][source_lane & 31];
+}
+
+void copy_async(void* target, const void* source, int bytes, int given_bytes) {
+  note_write(target, bytes);
+  note_read(source, given_bytes);
+  std::memset(target, 0xff, bytes);  // NaN in every dtype
+  running->copies.push_back({target, source, bytes, given_bytes, running->group});
+}
+
+void commit_copies() { ++running->group; }
+
+void wait_for_copies(int newest_groups_left) {
+  std::deque<Copy>& copies = running->copies;
+  const unsigned complete = running->group - std::min<unsigned>(running->group, newest_groups_left);
+  for (; !copies.empty() && copies.front().group < complete; copies.pop_front()) {
+    const Copy& copy = copies.front();
+    note_write(copy.target, copy.bytes);
+    std::memcpy(copy.target, copy.source, copy.given_bytes);
+    std::memset(static_cast<char*>(copy.target) + copy.given_bytes, 0, copy.bytes - copy.given_bytes);
+  }
+}
+
+namespace {
+
+// All lanes of the warp meet; the last to come acts for all of them while the others stand still.
+template <typename Act>
+void act_together(const Operands& operands, std::source_location where, const Act& act) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = running->thread.lane, first = running->thread.warp * kWarpSize;
+  Warp& warp = warps[running->thread.warp];
+  if (num_threads - first < kWarpSize) fail(where, "a matrix operation by a warp that is not full");
+  if (warp.arrived == 0) {
+    warp.where = where;
+    warp.mask = kAll;
+  } else if (warp.mask != kAll || !same_place(warp.where, where)) {
+    fail(where, "a matrix operation while others wait at", &warp.where);
+  }
+  warp.operands[lane] = operands;
+  warp.arrived |= 1u << lane;
+  if (warp.arrived != kAll) {
+    wait("a matrix operation", where);
+    return;
+  }
+  act(warp.operands);
+  warp.arrived = 0;
+  for (int i = 0; i < kWarpSize; ++i) fibers[first + i]->waits_for = nullptr;
+}
+
+uint16_t half_of(const unsigned* registers, int index) {
+  return static_cast<uint16_t>(registers[index / 2] >> (index % 2 * 16));
+}
+
+}  // namespace
+
+void load_matrices(unsigned* to, const void* row, bool transposed, std::source_location where) {
+  constexpr int kSide = 8;
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail(where, "a row of a matrix that is not aligned to 16 bytes");
+  note_read(row, kSide * sizeof(uint16_t));
+  act_together({row, to, nullptr, nullptr}, where, [&](const Operands* lanes) {
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const int line = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
+          pair[i] = static_cast<const uint16_t*>(lanes[matrix * kSide + line].row)[column];
+        }
+        std::memcpy(static_cast<unsigned*>(lanes[lane].result) + matrix, pair, sizeof(pair));
+      }
+  });
+}
+
+void multiply_add(float* sum, const unsigned* a, const unsigned* b, float (*to_float)(uint16_t),
+                  std::source_location where) {
+  act_together({nullptr, sum, a, b}, where, [&](const Operands* lanes) {
+    constexpr int kRows = 16, kColumns = 8, kDepth = 16;
+    float left[kRows][kDepth], right[kDepth][kColumns];
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      const int group = lane / 4, pair = lane % 4 * 2;
+      for (int i = 0; i < 8; ++i)
+        left[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = to_float(half_of(lanes[lane].a, i));
+      for (int i = 0; i < 4; ++i) right[pair + i % 2 + i / 2 * 8][group] = to_float(half_of(lanes[lane].b, i));
+    }
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float& total = static_cast<float*>(lanes[lane].result)[i];
+        for (int k = 0; k < kDepth; ++k) total += left[row][k] * right[k][column];
+      }
+  });
 }
 
 }  // namespace selfforcing::emulation

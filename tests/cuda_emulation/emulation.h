@@ -3,7 +3,9 @@
 // not compile. It checks what a GPU would leave undefined: a barrier or a warp operation that some threads miss, and
 // (shared memory starts as NaN, allocated to the byte) reads of what was never written.
 //
-// It does not play: several blocks at once, bank conflicts, timing, asynchronous copies, tensor cores.
+// An asynchronous copy is NaN until its thread waits for it. The tensor cores' products are computed in float32.
+//
+// It does not play: several blocks at once, bank conflicts, timing.
 #pragma once
 #include <math.h>
 
@@ -55,6 +57,9 @@ struct Thread {
 };
 extern const Thread* current_thread;
 
+// Few, so that small problems have both fewer and more thread blocks than that.
+constexpr int kMultiprocessors = 4;
+
 void* shared_memory();
 
 // Runs the body once per thread of every block. Throws std::runtime_error where threads miss each other.
@@ -65,6 +70,17 @@ void block_barrier(std::source_location where);
 // All lanes of the mask meet; each gives a value and gets the one of `source_lane`. Then votes: bit i is lane i's
 // `vote`.
 uint64_t exchange(unsigned mask, uint64_t value, int source_lane, bool vote, unsigned* votes,
+                  std::source_location where);
+
+// cp.async: the target is NaN from here until wait_for_copies; `given_bytes` of `bytes` are read, the rest becomes
+// zero.
+void copy_async(void* target, const void* source, int bytes, int given_bytes);
+void commit_copies();
+void wait_for_copies(int newest_groups_left);
+
+// ldmatrix and mma.m16n8k16 (csrc/ptx/mma.cuh), by all 32 lanes together.
+void load_matrices(unsigned* to, const void* row, bool transposed, std::source_location where);
+void multiply_add(float* sum, const unsigned* a, const unsigned* b, float (*to_float)(uint16_t),
                   std::source_location where);
 
 template <typename... Parameters, typename... Arguments>

@@ -2,12 +2,13 @@
 // grad_q by query tiles over their spans; grad_k and grad_v by key tiles over the spans of queries that see them
 // (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart). Probabilities are computed anew from lse.
 #pragma once
-#include "cuda_tiles.cuh"
+#include "cuda_float32_tiles.cuh"
+#include "cuda_statistics.cuh"
 
 namespace selfforcing::attention_cuda {
 
 template <int kHeadDim>
-struct GradQTile {
+struct Float32GradQTile {
   static constexpr int kQueries = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kKeys = kHeadDim <= 64 ? 64 : (kHeadDim <= 128 ? 32 : 16);
   static constexpr int kSharedBytes = sizeof(float) * (2 * tile_floats(kQueries, kHeadDim) +  // q, grad_out
@@ -17,7 +18,7 @@ struct GradQTile {
 };
 
 template <int kHeadDim>
-struct GradKVTile {
+struct Float32GradKVTile {
   static constexpr int kKeys = kHeadDim <= 64 ? 64 : (kHeadDim <= 128 ? 32 : 16);
   static constexpr int kQueries = kHeadDim <= 128 ? 32 : 16;
   static constexpr int kSharedBytes = sizeof(float) * (2 * tile_floats(kKeys, kHeadDim) +     // k, v
@@ -26,46 +27,9 @@ struct GradKVTile {
   static_assert(kSharedBytes <= ptx::kMaxSharedBytes);
 };
 
-// What backward needs of a query besides its rows.
-struct RowStatistics {
-  float lse_log2;  // +inf where there is nothing to see: every probability becomes 0
-  float delta;
-};
-
-__device__ __forceinline__ RowStatistics read_statistics(const AttentionBackwardParams& params, int64_t first_row,
-                                                         int32_t row, bool exists) {
-  if (!exists) return {INFINITY, 0.0f};
-  const float lse = params.lse[first_row + row];
-  return {lse == -INFINITY ? INFINITY : lse * kLog2E, params.delta[first_row + row]};
-}
-
-constexpr int kDeltaThreads = 128;
-
-// delta = rowsum(out * grad_out) - grad_lse, one warp per query.
-template <typename T>
-__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const AttentionBackwardParams params) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int32_t query = static_cast<int32_t>(blockIdx.x * (kDeltaThreads / kWarpSize) + threadIdx.x / kWarpSize);
-  if (query >= params.num_queries) return;
-  const Place place = place_of_query_head(params);
-  const Rows<const T> out = head_rows<const T>(params.out, place.stream, place.head);
-  const Rows<const T> grad_out = head_rows<const T>(params.grad_out, place.stream, place.head);
-  float sum = 0.0f;
-  for (int column = lane * kVector<T>; column < params.head_dim; column += kWarpSize * kVector<T>) {
-    float left[kVector<T>], right[kVector<T>];
-    ptx::unpack<T>(ptx::load_vector(out.at(query) + column, out.aligned), left);
-    ptx::unpack<T>(ptx::load_vector(grad_out.at(query) + column, grad_out.aligned), right);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) sum = fmaf(left[i], right[i], sum);
-  }
-  sum = ptx::warp_sum(sum);
-  const int64_t row = row_of_head(params, place.stream, place.head) + query;
-  if (lane == 0) params.delta[row] = sum - (params.grad_lse == nullptr ? 0.0f : params.grad_lse[row]);
-}
-
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(const AttentionBackwardParams params) {
-  using Tile = GradQTile<kHeadDim>;
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(const AttentionBackwardParams params) {
+  using Tile = Float32GradQTile<kHeadDim>;
   constexpr int kM = Tile::kQueries / kRowThreads, kN = Tile::kKeys / kRowThreads;
   SELFFORCING_DYNAMIC_SHARED(shared);
   float* const q_tile = reinterpret_cast<float*>(shared);
@@ -79,10 +43,11 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(c
   const Place place = place_of_query_head(params);
 
   {
-    Fetch<T, Tile::kQueries, kHeadDim> fetch;
-    fetch.load(head_rows<const T>(params.q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+    Fetch<Tile::kQueries, kHeadDim> fetch;
+    fetch.load(head_rows<const float>(params.q, place.stream, place.head), queries.start, queries.count,
+               params.head_dim);
     fetch.store(q_tile);
-    fetch.load(head_rows<const T>(params.grad_out, place.stream, place.head), queries.start, queries.count,
+    fetch.load(head_rows<const float>(params.grad_out, place.stream, place.head), queries.start, queries.count,
                params.head_dim);
     fetch.store(grad_out_tile);
   }
@@ -99,15 +64,15 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(c
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
   key_tiles.prepend(params.past, place.stream);
   for (ColumnTile keys; key_tiles.next(keys);) {
-    Fetch<T, Tile::kKeys, kHeadDim> fetch;
-    fetch.load(keys.in_past ? paged_rows<T>(params.past, true, place.stream, place.kv_head)
-                            : head_rows<const T>(params.v, place.stream, place.kv_head),
+    Fetch<Tile::kKeys, kHeadDim> fetch;
+    fetch.load(keys.in_past ? paged_rows<float>(params.past, true, place.stream, place.kv_head)
+                            : head_rows<const float>(params.v, place.stream, place.kv_head),
                keys.start, keys.count, params.head_dim);
     __syncthreads();  // the keys of the tile before are used up
     fetch.store(kv_tile);
     __syncthreads();
-    fetch.load(keys.in_past ? paged_rows<T>(params.past, false, place.stream, place.kv_head)
-                            : head_rows<const T>(params.k, place.stream, place.kv_head),
+    fetch.load(keys.in_past ? paged_rows<float>(params.past, false, place.stream, place.kv_head)
+                            : head_rows<const float>(params.k, place.stream, place.kv_head),
                keys.start, keys.count, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> grad, scores;
     multiply<kHeadDim>(grad, grad_out_tile, kv_tile, params.head_dim);  // of the probabilities
@@ -129,13 +94,14 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_grad_q_kernel(c
 
 #pragma unroll
   for (int i = 0; i < kM; ++i) grad_q.scale(i, params.softmax_scale);
-  grad_q.store(head_rows<T>(params.grad_q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+  grad_q.store(head_rows<float>(params.grad_q, place.stream, place.head), queries.start, queries.count,
+               params.head_dim);
 }
 
 // Rows are keys and columns queries here. A K/V head gathers from all query heads that read it, one after the other.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel(const AttentionBackwardParams params) {
-  using Tile = GradKVTile<kHeadDim>;
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kTwoBlocks) float32_grad_kv_kernel(const AttentionBackwardParams params) {
+  using Tile = Float32GradKVTile<kHeadDim>;
   constexpr int kM = Tile::kKeys / kRowThreads, kN = Tile::kQueries / kRowThreads;
   SELFFORCING_DYNAMIC_SHARED(shared);
   float* const k_tile = reinterpret_cast<float*>(shared);
@@ -151,10 +117,10 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
 
   {
-    Fetch<T, Tile::kKeys, kHeadDim> fetch;
-    fetch.load(head_rows<const T>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
+    Fetch<Tile::kKeys, kHeadDim> fetch;
+    fetch.load(head_rows<const float>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
     fetch.store(k_tile);
-    fetch.load(head_rows<const T>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
+    fetch.load(head_rows<const float>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
     fetch.store(v_tile);
   }
 
@@ -163,9 +129,9 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel
   for (int32_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
     ColumnTiles<Tile::kQueries> query_tiles(params.query_spans, keys.block, params.num_queries);
     for (ColumnTile queries; query_tiles.next(queries);) {
-      Fetch<T, Tile::kQueries, kHeadDim> q_fetch, grad_out_fetch;
-      q_fetch.load(head_rows<const T>(params.q, stream, head), queries.start, queries.count, params.head_dim);
-      grad_out_fetch.load(head_rows<const T>(params.grad_out, stream, head), queries.start, queries.count,
+      Fetch<Tile::kQueries, kHeadDim> q_fetch, grad_out_fetch;
+      q_fetch.load(head_rows<const float>(params.q, stream, head), queries.start, queries.count, params.head_dim);
+      grad_out_fetch.load(head_rows<const float>(params.grad_out, stream, head), queries.start, queries.count,
                           params.head_dim);
       const int64_t first_row = row_of_head(params, stream, head) + queries.start;
       RowStatistics statistics[kN];
@@ -197,33 +163,25 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) attention_grad_kv_kernel
 
 #pragma unroll
   for (int i = 0; i < kM; ++i) grad_k.scale(i, params.softmax_scale);
-  grad_k.store(head_rows<T>(params.grad_k, stream, kv_head), keys.start, keys.count, params.head_dim);
-  grad_v.store(head_rows<T>(params.grad_v, stream, kv_head), keys.start, keys.count, params.head_dim);
+  grad_k.store(head_rows<float>(params.grad_k, stream, kv_head), keys.start, keys.count, params.head_dim);
+  grad_v.store(head_rows<float>(params.grad_v, stream, kv_head), keys.start, keys.count, params.head_dim);
 }
 
-template <typename T>
-int32_t launch_delta(const AttentionBackwardParams& params) {
-  constexpr int kQueriesPerBlock = kDeltaThreads / kWarpSize;
-  const dim3 grid(static_cast<unsigned>((params.num_queries + kQueriesPerBlock - 1) / kQueriesPerBlock),
-                  static_cast<unsigned>(params.num_heads), static_cast<unsigned>(params.batch));
-  return ptx::launch(attention_delta_kernel<T>, grid, dim3(kDeltaThreads), 0, params.stream, params);
-}
-
-template <typename T, int kHeadDim>
-int32_t launch_backward(const AttentionBackwardParams& params) {
-  if (const int32_t error = launch_delta<T>(params)) return error;
+template <int kHeadDim>
+int32_t launch_float32_backward(const AttentionBackwardParams& params) {
+  if (const int32_t error = launch_delta<float>(params)) return error;
   const unsigned batch = static_cast<unsigned>(params.batch);
-  using QTile = GradQTile<kHeadDim>;
+  using QTile = Float32GradQTile<kHeadDim>;
   const dim3 q_grid(max_row_tiles(params.num_queries, params.spans, QTile::kQueries),
                     static_cast<unsigned>(params.num_heads), batch);
-  if (const int32_t error = ptx::launch(attention_grad_q_kernel<T, kHeadDim>, q_grid, dim3(kThreads),
-                                        QTile::kSharedBytes, params.stream, params))
+  if (const int32_t error = ptx::launch(float32_grad_q_kernel<kHeadDim>, q_grid, dim3(kThreads), QTile::kSharedBytes,
+                                        params.stream, params))
     return error;
-  using KVTile = GradKVTile<kHeadDim>;
+  using KVTile = Float32GradKVTile<kHeadDim>;
   const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kKeys),
                      static_cast<unsigned>(params.num_kv_heads), batch);
-  return ptx::launch(attention_grad_kv_kernel<T, kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes,
-                     params.stream, params);
+  return ptx::launch(float32_grad_kv_kernel<kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes, params.stream,
+                     params);
 }
 
 }  // namespace selfforcing::attention_cuda

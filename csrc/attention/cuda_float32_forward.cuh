@@ -1,12 +1,12 @@
 // out = softmax(scale q k^T) v over the visible keys, tile by tile with a running maximum and sum (online softmax:
 // Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 #pragma once
-#include "cuda_tiles.cuh"
+#include "cuda_float32_tiles.cuh"
 
 namespace selfforcing::attention_cuda {
 
 template <int kHeadDim>
-struct ForwardTile {
+struct Float32ForwardTile {
   static constexpr int kQueries = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kKeys = kQueries;
   static constexpr int kSharedBytes = sizeof(float) * (tile_floats(kQueries, kHeadDim) +  // q
@@ -55,9 +55,9 @@ __device__ __forceinline__ void update_softmax(Scores<kQueries, kKeys>& scores, 
   }
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kOneBlock) attention_forward_kernel(const AttentionParams params) {
-  using Tile = ForwardTile<kHeadDim>;
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kOneBlock) float32_forward_kernel(const AttentionParams params) {
+  using Tile = Float32ForwardTile<kHeadDim>;
   SELFFORCING_DYNAMIC_SHARED(shared);
   float* const q_tile = reinterpret_cast<float*>(shared);
   float* const kv_tile = q_tile + tile_floats(Tile::kQueries, kHeadDim);
@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_forward_kernel(
   if (queries.count <= 0) return;
   const Place place = place_of_query_head(params);
 
-  Fetch<T, Tile::kQueries, kHeadDim> q_fetch;
-  q_fetch.load(head_rows<const T>(params.q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+  Fetch<Tile::kQueries, kHeadDim> q_fetch;
+  q_fetch.load(head_rows<const float>(params.q, place.stream, place.head), queries.start, queries.count,
+               params.head_dim);
   q_fetch.store(q_tile);
 
   const float scale_log2 = params.softmax_scale * kLog2E;
@@ -79,15 +80,15 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_forward_kernel(
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
   key_tiles.prepend(params.past, place.stream);
   for (ColumnTile keys; key_tiles.next(keys);) {
-    Fetch<T, Tile::kKeys, kHeadDim> fetch;
-    fetch.load(keys.in_past ? paged_rows<T>(params.past, false, place.stream, place.kv_head)
-                            : head_rows<const T>(params.k, place.stream, place.kv_head),
+    Fetch<Tile::kKeys, kHeadDim> fetch;
+    fetch.load(keys.in_past ? paged_rows<float>(params.past, false, place.stream, place.kv_head)
+                            : head_rows<const float>(params.k, place.stream, place.kv_head),
                keys.start, keys.count, params.head_dim);
     __syncthreads();  // the values of the tile before are used up
     fetch.store(kv_tile);
     __syncthreads();
-    fetch.load(keys.in_past ? paged_rows<T>(params.past, true, place.stream, place.kv_head)
-                            : head_rows<const T>(params.v, place.stream, place.kv_head),
+    fetch.load(keys.in_past ? paged_rows<float>(params.past, true, place.stream, place.kv_head)
+                            : head_rows<const float>(params.v, place.stream, place.kv_head),
                keys.start, keys.count, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> scores;
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
@@ -108,16 +109,15 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) attention_forward_kernel(
     if (thread_x() == 0 && row < queries.count)
       lse[row] = sum == 0.0f ? -INFINITY : softmax.maximum[i] * kLn2 + logf(sum);
   }
-  out.store(head_rows<T>(params.out, place.stream, place.head), queries.start, queries.count, params.head_dim);
+  out.store(head_rows<float>(params.out, place.stream, place.head), queries.start, queries.count, params.head_dim);
 }
 
-template <typename T, int kHeadDim>
-int32_t launch_forward(const AttentionParams& params) {
-  using Tile = ForwardTile<kHeadDim>;
+template <int kHeadDim>
+int32_t launch_float32_forward(const AttentionParams& params) {
+  using Tile = Float32ForwardTile<kHeadDim>;
   const dim3 grid(max_row_tiles(params.num_queries, params.spans, Tile::kQueries),
                   static_cast<unsigned>(params.num_heads), static_cast<unsigned>(params.batch));
-  return ptx::launch(attention_forward_kernel<T, kHeadDim>, grid, dim3(kThreads), Tile::kSharedBytes, params.stream,
-                     params);
+  return ptx::launch(float32_forward_kernel<kHeadDim>, grid, dim3(kThreads), Tile::kSharedBytes, params.stream, params);
 }
 
 }  // namespace selfforcing::attention_cuda

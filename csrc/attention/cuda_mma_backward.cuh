@@ -1,0 +1,201 @@
+// Gradients of attention on tensor cores, in three passes without atomics, so that the same inputs give the same bits:
+// delta per query (cuda_statistics.cuh); grad_q by tiles of queries over the keys they see; grad_k and grad_v by tiles
+// of keys over the queries that see them (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart).
+// Probabilities are computed anew from lse and never leave the registers.
+#pragma once
+#include "cuda_mma_tiles.cuh"
+#include "cuda_statistics.cuh"
+
+namespace selfforcing::attention_cuda {
+
+// A tile of rows stays while tiles of columns pass, in as many buffers as fit: with two, one is filled during the
+// products with the other.
+template <typename T, int kHeadDim, int kTileColumns>
+struct MmaBackwardTile {
+  static constexpr int kRows = kMmaWarps * kFragmentRows, kColumns = kTileColumns;
+  static constexpr int kStages = kHeadDim <= 128 ? 2 : 1;
+  using RowsTile = SharedTile<T, kRows, kHeadDim>;
+  using ColumnsTile = SharedTile<T, kColumns, kHeadDim>;
+  static constexpr int kSharedBytes = 2 * RowsTile::kBytes + 2 * kStages * ColumnsTile::kBytes;
+  static_assert(kSharedBytes <= ptx::kMaxSharedBytes);
+};
+
+template <typename T, int kHeadDim>
+using MmaGradQTile = MmaBackwardTile<T, kHeadDim, kHeadDim <= 128 ? 64 : 32>;
+// Sums for grad_k and grad_v leave registers for fewer columns.
+template <typename T, int kHeadDim>
+using MmaGradKVTile = MmaBackwardTile<T, kHeadDim, kHeadDim <= 64 ? 64 : 32>;
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(const AttentionBackwardParams params) {
+  using Tile = MmaGradQTile<T, kHeadDim>;
+  constexpr int kN = Tile::kColumns / kFragmentColumns;
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  const typename Tile::RowsTile q_tile(shared), grad_out_tile(shared + Tile::RowsTile::kBytes);
+  unsigned char* const stages = shared + 2 * Tile::RowsTile::kBytes;
+  const auto key_tile = [&](int stage, bool values) {
+    return typename Tile::ColumnsTile(stages + (2 * stage + values) * Tile::ColumnsTile::kBytes);
+  };
+
+  const RowTile queries =
+      find_row_tile<Tile::kRows>(params.spans, params.num_queries,
+                                 static_cast<int32_t>(gridDim.x - 1 - blockIdx.x));  // longest first
+  if (queries.count <= 0) return;
+  const Place place = place_of_query_head(params);
+  q_tile.copy(head_rows<const T>(params.q, place.stream, place.head), queries.start, queries.count, params.head_dim);
+  grad_out_tile.copy(head_rows<const T>(params.grad_out, place.stream, place.head), queries.start, queries.count,
+                     params.head_dim);
+  const int first_row = warp() * kFragmentRows;
+  const int64_t row_of_tile = row_of_head(params, place.stream, place.head) + queries.start;
+  RowStatistics statistics[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + row_in_fragment(i);
+    statistics[i] = read_statistics(params, row_of_tile, row, row < queries.count);
+  }
+
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  Fragments<1, kHeadDim / kFragmentColumns> grad_q;
+  ColumnTiles<Tile::kColumns> key_tiles(params.spans, queries.block, params.num_keys);
+  key_tiles.prepend(params.past, place.stream);
+  stream_tiles<Tile::kStages, ColumnTile>(
+      [&](ColumnTile& keys) { return key_tiles.next(keys); },
+      [&](const ColumnTile& keys, int stage) {
+        const auto copy = [&](bool values) {
+          key_tile(stage, values)
+              .copy(keys.in_past ? paged_rows<T>(params.past, values, place.stream, place.kv_head)
+                                 : head_rows<const T>(values ? params.v : params.k, place.stream, place.kv_head),
+                    keys.start, keys.count, params.head_dim);
+        };
+        copy(false);
+        copy(true);
+      },
+      [&](const ColumnTile& keys, int stage) {
+        Fragments<1, kN> scores, grad;
+        multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
+        multiply_transposed(grad, grad_out_tile, first_row, key_tile(stage, true));  // of the probabilities
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const bool visible = column_in_fragments(n, j) < keys.count;
+              const float score = fmaf(scores.at[0][n][2 * i + j], scale_log2, -statistics[i].lse_log2);
+              const float probability = visible ? ptx::fast_exp2(score) : 0.0f;
+              grad.at[0][n][2 * i + j] = probability * (grad.at[0][n][2 * i + j] - statistics[i].delta);
+            }
+        add_product(grad_q, grad, key_tile(stage, false));
+      });
+  store_rows(grad_q, params.softmax_scale, q_tile, head_rows<T>(params.grad_q, place.stream, place.head), queries.start,
+             queries.count, params.head_dim);
+}
+
+// Which of its gradients a launch of mma_grad_kv_kernel computes: where one thread cannot hold the sums of both, a
+// launch each.
+enum class GradsOf { keys, values, both };
+
+// Rows are keys and columns queries here. A K/V head gathers from all query heads that read it, one after the other.
+template <typename T, int kHeadDim, GradsOf kGrads>
+__global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(const AttentionBackwardParams params) {
+  using Tile = MmaGradKVTile<T, kHeadDim>;
+  constexpr int kN = Tile::kColumns / kFragmentColumns;
+  constexpr bool kKeys = kGrads != GradsOf::values, kValues = kGrads != GradsOf::keys;
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  const typename Tile::RowsTile k_tile(shared), v_tile(shared + Tile::RowsTile::kBytes);
+  unsigned char* const stages = shared + 2 * Tile::RowsTile::kBytes;
+  const auto query_tile = [&](int stage, bool grad) {
+    return typename Tile::ColumnsTile(stages + (2 * stage + grad) * Tile::ColumnsTile::kBytes);
+  };
+
+  const RowTile keys =
+      find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
+  if (keys.count <= 0) return;
+  const int32_t kv_head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
+  const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
+  k_tile.copy(head_rows<const T>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
+  v_tile.copy(head_rows<const T>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
+
+  struct QueryTile {
+    int32_t head;
+    ColumnTile queries;
+  };
+  int32_t head = kv_head * heads_per_kv_head;
+  const ColumnTiles<Tile::kColumns> tiles_of_a_head(params.query_spans, keys.block, params.num_queries);
+  ColumnTiles<Tile::kColumns> query_tiles = tiles_of_a_head;
+
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  const int first_row = warp() * kFragmentRows;
+  Fragments<1, kHeadDim / kFragmentColumns> grad_k, grad_v;
+  stream_tiles<Tile::kStages, QueryTile>(
+      [&](QueryTile& tile) {
+        while (!query_tiles.next(tile.queries)) {
+          if (++head == (kv_head + 1) * heads_per_kv_head) return false;
+          query_tiles = tiles_of_a_head;
+        }
+        tile.head = head;
+        return true;
+      },
+      [&](const QueryTile& tile, int stage) {
+        query_tile(stage, false)
+            .copy(head_rows<const T>(params.q, stream, tile.head), tile.queries.start, tile.queries.count,
+                  params.head_dim);
+        query_tile(stage, true)
+            .copy(head_rows<const T>(params.grad_out, stream, tile.head), tile.queries.start, tile.queries.count,
+                  params.head_dim);
+      },
+      [&](const QueryTile& tile, int stage) {
+        const int64_t row_of_tile = row_of_head(params, stream, tile.head) + tile.queries.start;
+        Fragments<1, kN> probabilities, grad;
+        multiply_transposed(probabilities, k_tile, first_row, query_tile(stage, false));
+        if constexpr (kKeys) multiply_transposed(grad, v_tile, first_row, query_tile(stage, true));
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int query = column_in_fragments(n, j);
+            const RowStatistics statistics = read_statistics(params, row_of_tile, query, query < tile.queries.count);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float& probability = probabilities.at[0][n][2 * i + j];
+              probability = ptx::fast_exp2(fmaf(probability, scale_log2, -statistics.lse_log2));
+              if constexpr (kKeys)
+                grad.at[0][n][2 * i + j] = probability * (grad.at[0][n][2 * i + j] - statistics.delta);
+            }
+          }
+        if constexpr (kValues) add_product(grad_v, probabilities, query_tile(stage, true));
+        if constexpr (kKeys) add_product(grad_k, grad, query_tile(stage, false));
+      });
+  if constexpr (kKeys)
+    store_rows(grad_k, params.softmax_scale, k_tile, head_rows<T>(params.grad_k, stream, kv_head), keys.start,
+               keys.count, params.head_dim);
+  if constexpr (kValues)
+    store_rows(grad_v, 1.0f, v_tile, head_rows<T>(params.grad_v, stream, kv_head), keys.start, keys.count,
+               params.head_dim);
+}
+
+template <typename T, int kHeadDim>
+int32_t launch_mma_backward(const AttentionBackwardParams& params) {
+  if (const int32_t error = launch_delta<T>(params)) return error;
+  const unsigned batch = static_cast<unsigned>(params.batch);
+  using QTile = MmaGradQTile<T, kHeadDim>;
+  const dim3 q_grid(max_row_tiles(params.num_queries, params.spans, QTile::kRows),
+                    static_cast<unsigned>(params.num_heads), batch);
+  if (const int32_t error = ptx::launch(mma_grad_q_kernel<T, kHeadDim>, q_grid, dim3(kMmaThreads), QTile::kSharedBytes,
+                                        params.stream, params))
+    return error;
+  using KVTile = MmaGradKVTile<T, kHeadDim>;
+  const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kRows),
+                     static_cast<unsigned>(params.num_kv_heads), batch);
+  const auto launch_kv = [&](auto* kernel) {
+    return ptx::launch(kernel, kv_grid, dim3(kMmaThreads), KVTile::kSharedBytes, params.stream, params);
+  };
+  if constexpr (kHeadDim <= 128) {
+    return launch_kv(mma_grad_kv_kernel<T, kHeadDim, GradsOf::both>);
+  } else {
+    if (const int32_t error = launch_kv(mma_grad_kv_kernel<T, kHeadDim, GradsOf::keys>)) return error;
+    return launch_kv(mma_grad_kv_kernel<T, kHeadDim, GradsOf::values>);
+  }
+}
+
+}  // namespace selfforcing::attention_cuda

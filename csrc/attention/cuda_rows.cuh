@@ -1,0 +1,185 @@
+// Which rows and columns a thread block of an attention kernel works on, and where they lie: tiles of rows that never
+// cross the border of a block, spans cut into tiles of columns, heads of tensors and pages.
+#pragma once
+#include "../ptx/launch.cuh"
+#include "../ptx/vector.cuh"
+#include "params.h"
+
+namespace selfforcing::attention_cuda {
+
+using ptx::kFullWarp;
+using ptx::kVector;
+using ptx::kWarpSize;
+
+// Blocks that shall fit on a multiprocessor, for __launch_bounds__. Left to itself the compiler aims at three and
+// spills.
+constexpr int kOneBlock = 1, kTwoBlocks = 2;
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// ---- Rows: a tile never crosses the border of a block, so all of its rows see the same spans.
+
+struct RowTile {
+  int32_t block, start, count;
+};
+
+// Tiles that blocks of unknown borders can need: every block may end in one that is not full.
+inline unsigned max_row_tiles(int32_t num_rows, const SpanTable& table, int32_t rows_per_tile) {
+  return static_cast<unsigned>((num_rows + static_cast<int64_t>(table.num_blocks) * (rows_per_tile - 1)) /
+                               rows_per_tile);
+}
+
+// The tile-th tile, found by every warp on its own: 32 blocks at a time, a running sum of their tiles. `count` is 0
+// when there are fewer tiles.
+template <int kRows>
+__device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32_t tile) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int32_t first = 0; first < table.num_blocks; first += kWarpSize) {
+    const int32_t block = first + lane;
+    int32_t start = 0, end = 0;
+    if (block < table.num_blocks) {
+      start = table.block_starts[block];
+      end = min(table.block_starts[block + 1], num_rows);
+    }
+    const int32_t tiles = end > start ? (end - start + kRows - 1) / kRows : 0;
+    int32_t tiles_so_far = tiles;
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int32_t before = __shfl_up_sync(kFullWarp, tiles_so_far, distance);
+      if (lane >= distance) tiles_so_far += before;
+    }
+    const unsigned reached = __ballot_sync(kFullWarp, tile < tiles_so_far);
+    if (reached != 0) {
+      const int owner = __ffs(static_cast<int>(reached)) - 1;
+      const int32_t index = tile - __shfl_sync(kFullWarp, tiles_so_far - tiles, owner);
+      const int32_t row = __shfl_sync(kFullWarp, start, owner) + index * kRows;
+      return {first + owner, row, min(kRows, __shfl_sync(kFullWarp, end, owner) - row)};
+    }
+    tile -= __shfl_sync(kFullWarp, tiles_so_far, kWarpSize - 1);
+  }
+  return {0, 0, 0};
+}
+
+// ---- Columns: the spans of the past, then those of the block, cut into tiles.
+
+struct ColumnTile {
+  int32_t start, count;
+  bool in_past;
+};
+
+template <int kColumns>
+class ColumnTiles {
+ public:
+  __device__ __forceinline__ ColumnTiles(const SpanTable& table, int32_t block, int32_t num_columns)
+      : spans_(table.spans + 2 * static_cast<int64_t>(table.span_offsets[block])),
+        num_spans_(table.span_offsets[block + 1] - table.span_offsets[block]),
+        num_columns_(num_columns) {}
+
+  __device__ __forceinline__ void prepend(const PagedPast& past, int32_t stream) {
+    if (past.k_pages == nullptr) return;
+    past_spans_ = past.spans + 2 * static_cast<int64_t>(stream) * past.num_spans;
+    num_past_spans_ = past.num_spans;
+  }
+
+  // From here on every `step`-th tile only, starting with tile `first`.
+  __device__ __forceinline__ void take_every(int32_t step, int32_t first) { step_ = step, skip_ = first; }
+
+  __device__ __forceinline__ bool next(ColumnTile& tile) {
+    for (; skip_ > 0; --skip_)
+      if (!advance(tile)) return false;
+    skip_ = step_ - 1;
+    return advance(tile);
+  }
+
+ private:
+  __device__ __forceinline__ bool advance(ColumnTile& tile) {
+    while (position_ >= end_) {
+      in_past_ = num_past_spans_ > 0;
+      if (in_past_) {
+        position_ = past_spans_[0], end_ = past_spans_[1];
+        past_spans_ += 2, --num_past_spans_;
+      } else if (num_spans_ > 0) {
+        position_ = spans_[0], end_ = min(spans_[1], num_columns_);
+        spans_ += 2, --num_spans_;
+      } else {
+        return false;
+      }
+    }
+    tile = {position_, min(kColumns, end_ - position_), in_past_};
+    position_ += kColumns;
+    return true;
+  }
+
+  const int32_t* past_spans_ = nullptr;
+  const int32_t* spans_;
+  int32_t num_past_spans_ = 0;
+  int32_t num_spans_;
+  int32_t num_columns_;
+  int32_t position_ = 0, end_ = 0;
+  int32_t step_ = 1, skip_ = 0;
+  bool in_past_ = false;
+};
+
+// ---- Memory
+
+// One head of one stream: rows of head_dim elements, contiguous or in pages.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  bool aligned;                         // rows may be read and written 16 bytes at a time
+  const int32_t* page_table = nullptr;  // nullptr: contiguous
+  int64_t page_stride = 0;
+  uint32_t page_size = 1;
+
+  __device__ __forceinline__ T* at(int32_t position) const {
+    if (page_table == nullptr) return data + position * stride;
+    const uint32_t page = static_cast<uint32_t>(position) / page_size;
+    const uint32_t offset = static_cast<uint32_t>(position) - page * page_size;
+    return data + page_table[page] * page_stride + offset * stride;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ bool rows_aligned(const void* data, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * static_cast<int64_t>(sizeof(T)))) % 16 ==
+         0;
+}
+
+template <typename T, typename Pointer>
+__device__ __forceinline__ Rows<T> head_rows(const Heads<Pointer>& tensor, int32_t stream, int32_t head) {
+  T* data = static_cast<T*>(tensor.data) + stream * tensor.batch_stride + head * tensor.head_stride;
+  return {data, tensor.token_stride, rows_aligned<T>(data, tensor.token_stride)};
+}
+
+template <typename T>
+__device__ __forceinline__ Rows<const T> paged_rows(const PagedPast& past, bool values, int32_t stream, int32_t head) {
+  const int64_t head_stride = values ? past.v_head_stride : past.k_head_stride;
+  const int64_t stride = values ? past.v_token_stride : past.k_token_stride;
+  const int64_t page_stride = values ? past.v_page_stride : past.k_page_stride;
+  const T* data = static_cast<const T*>(values ? past.v_pages : past.k_pages) + head * head_stride;
+  return {data,
+          stride,
+          rows_aligned<T>(data, stride) && rows_aligned<T>(data, page_stride),
+          past.page_table + stream * past.table_stride,
+          page_stride,
+          static_cast<uint32_t>(past.page_size)};
+}
+
+// ---- Which head of which stream a thread block works for.
+
+struct Place {
+  int32_t stream, head, kv_head;
+};
+
+__device__ __forceinline__ Place place_of_query_head(const AttentionParams& params) {
+  const int32_t head = static_cast<int32_t>(blockIdx.y);
+  return {static_cast<int32_t>(blockIdx.z), head, head / (params.num_heads / params.num_kv_heads)};
+}
+
+__device__ __forceinline__ int64_t row_of_head(const AttentionParams& params, int32_t stream, int32_t head) {
+  return (static_cast<int64_t>(stream) * params.num_heads + head) * params.num_queries;
+}
+
+}  // namespace selfforcing::attention_cuda
