@@ -66,7 +66,7 @@ def demangle(names: list[str]) -> list[str]:
 def compile_source(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, target, "-c", str(source), "-o", str(Path(folder, "object.o"))]
+        command = [nvcc, *FLAGS, target, "-x", "cu", "-c", str(source), "-o", str(Path(folder, "object.o"))]
         result = subprocess.run(command, capture_output=True, text=True)
     output = result.stdout + result.stderr
     if result.returncode:
@@ -95,6 +95,8 @@ def compile_source(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
 def main(architectures: list[str]) -> None:
     nvcc = find_nvcc()
     sources = sorted(ROOT.glob("csrc/*/cuda*.cu"))
+    # The test of the instructions that a GPU runs first (scripts/gpu_check.sh).
+    sources.append(ROOT / "tests/cuda_emulation/test_ptx.cpp")
     jobs = [(nvcc, source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
         kernels = [kernel for found in pool.map(lambda job: compile_source(*job), jobs) for kernel in found]

@@ -67,6 +67,9 @@ part() {
   summary+=("| $name | $outcome | $((SECONDS - start)) s | $(tail -n 1 "$log" | tr '|' '/' | cut -c1-120) |")
 }
 
+# The instructions themselves first: what the emulation takes them for is what the kernels are built on.
+part instructions bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./} tests/cuda_emulation/test_ptx.cpp \
+  -o $work/test_ptx && $work/test_ptx"
 part build "$python" setup.py -q build_ext --inplace
 part "registration" "$python" scripts/check_registration.py .
 part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/ptx/launch.cuh"
+#include "../../csrc/ptx/mma.cuh"
 
 namespace {
 
@@ -67,6 +68,34 @@ __global__ void read_neighbour(float* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
+// Reads its own copy while kIncomplete groups may be on their way.
+template <int kIncomplete>
+__global__ void read_copy(const float* from, float* out) {
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  ptx::copy_async(ptx::shared_address(shared) + threadIdx.x * 16, from, 16);
+  ptx::commit_copies();
+  ptx::wait_for_copies<kIncomplete>();
+  out[threadIdx.x] = reinterpret_cast<float*>(shared)[threadIdx.x * 4];
+  ptx::wait_for_copies<0>();
+}
+
+__global__ void end_before_copy(const float* from) {
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  ptx::copy_async(ptx::shared_address(shared), from, 16);
+}
+
+__global__ void half_a_warp_multiplies() {
+  float sums[4] = {};
+  const unsigned factors[4] = {};
+  if (threadIdx.x < 16) ptx::multiply_add<ptx::bfloat16>(sums, factors, factors);
+}
+
+__global__ void rows_off_their_place() {
+  SELFFORCING_DYNAMIC_SHARED(shared);
+  unsigned registers[4];
+  ptx::load_matrices(registers, ptx::shared_address(shared) + 2 * (threadIdx.x % 8));
+}
+
 __global__ void warp_operations(float* sum, unsigned* votes, int* from_below) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   sum[threadIdx.x] = ptx::warp_sum(static_cast<float>(threadIdx.x));
@@ -85,6 +114,21 @@ void test_detection() {
   expect(contains(error_of(two_different_barriers, dim3(64)), "while others wait"), "two different barriers");
   expect(contains(error_of(half_a_warp_shuffles, dim3(32)), "deadlock"), "lanes that miss a shuffle");
   expect(contains(error_of(shuffle_reads_absent_lane, dim3(32)), "takes no part"), "a shuffle from an absent lane");
+}
+
+void test_copies() {
+  const float from[4] = {1, 2, 3, 4};
+  float out[4] = {};
+  expect(error_of(read_copy<0>, dim3(4), static_cast<const float*>(from), static_cast<float*>(out)).empty(),
+         "a copy that was waited for");
+  for (float value : out) expect(value == 1, "the value of a copy");
+  expect(error_of(read_copy<1>, dim3(4), static_cast<const float*>(from), static_cast<float*>(out)).empty(),
+         "a copy read too early is no deadlock");
+  for (float value : out) expect(std::isnan(value), "a copy read too early shows as NaN");
+  expect(contains(error_of(end_before_copy, dim3(1), static_cast<const float*>(from)), "ends before"),
+         "a thread that ends before its copies");
+  expect(contains(error_of(half_a_warp_multiplies, dim3(32)), "deadlock"), "lanes that miss a product");
+  expect(contains(error_of(rows_off_their_place, dim3(32)), "not aligned"), "rows of a matrix that are not aligned");
 }
 
 void test_shared_memory() {
@@ -149,6 +193,7 @@ void test_narrow_floats() {
 
 int main() {
   test_detection();
+  test_copies();
   test_shared_memory();
   test_warps();
   test_places();
