@@ -30,3 +30,5 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0;9.0a}
 echo "Building with $("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/nvcc \1/p') for $TORCH_CUDA_ARCH_LIST"
 python setup.py -q build --build-base build/cuda-check-base --build-lib "$site"
 python scripts/check_registration.py "$site"
+echo "_ops_cuda.so has $(stat -c %s "$site"/selfforcing_ext/_ops_cuda.so) bytes, the package compressed" \
+  "$(tar -cz -C "$site/selfforcing_ext" . | wc -c)"

@@ -72,6 +72,7 @@ part instructions bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./
   -o $work/test_ptx && $work/test_ptx"
 part build "$python" setup.py -q build_ext --inplace
 part "registration" "$python" scripts/check_registration.py .
+part "self-test" "$python" -m selfforcing_ext.info
 part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider
 sanitizer=$CUDA_HOME/bin/compute-sanitizer
 [ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer || true)
