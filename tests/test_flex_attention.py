@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -402,3 +406,18 @@ def test_a_mask_met_inside_a_compiled_function():
         torch.compile(flex_attention_compatible, backend="eager", fullgraph=True)(*inputs, block_mask=mask)
     out = torch.compile(flex_attention_compatible, backend="eager")(*inputs, block_mask=mask)
     assert_same_bits(out, flex_attention_compatible(*inputs, block_mask=mask))
+
+
+def test_example():
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "flex_attention.py"],
+        cwd=root / "examples",
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for promised in ("teacher_forcing", "gradients:", "checkerboard: block_mask is not of span form"):
+        assert promised in result.stdout

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,3 +376,18 @@ def test_block_causal_says_what_it_needs():
     bart = transformers.AutoModel.from_config(encoder_decoder, attn_implementation="selfforcing").eval()
     with block_causal(mask), pytest.raises(ValueError, match="an encoder with a decoder"):
         bart(tokens(1, 30))
+
+
+def test_example():
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "transformers_attention.py"],
+        cwd=root / "examples",
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for promised in ("Llama, block-causal", "ViT: difference"):
+        assert promised in result.stdout
