@@ -67,19 +67,14 @@ def read_spans(
         borders += (firsts + start).tolist()
         spans_of_block += _runs(visible[firsts], firsts + start, name, max_spans)
     borders.append(num_queries)
-    warn_of_few_queries(name, num_queries, len(spans_of_block))
-    return make_span_table(borders, spans_of_block, num_keys)
-
-
-def warn_of_few_queries(name: str, num_queries: int, num_blocks: int) -> None:
-    """Warns if the blocks hold so few queries each that other attention is faster."""
-    queries_per_block = num_queries / max(1, num_blocks)
+    queries_per_block = num_queries / max(1, len(spans_of_block))
     if num_queries > _SMALL and queries_per_block < FEW_QUERIES_PER_BLOCK:
         warnings.warn(
             f"{name} has {queries_per_block:.1f} queries per block of queries that see the same keys; with fewer than "
             f"{FEW_QUERIES_PER_BLOCK} this attention is exact, but slower than scaled_dot_product_attention",
-            stacklevel=2,
+            stacklevel=4,
         )
+    return make_span_table(borders, spans_of_block, num_keys)
 
 
 def _runs(visible: Tensor, queries: Tensor, name: str, max_spans: int) -> list[list[Interval]]:

@@ -4,6 +4,9 @@
 by ``model.set_attn_implementation("selfforcing")``. The mask arrives as transformers makes it: its mask function is
 read into spans, exactly, once per forward pass. ``block_causal(mask)`` puts a BlockCausalMask in its place.
 
+Token-causal attention of a whole sequence, where no two queries see the same keys, is left to torch's
+scaled_dot_product_attention.
+
 Tried with transformers 5.20 and 5.24. Source of the interface: its documentation, "Attention Interface".
 """
 
@@ -17,12 +20,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from selfforcing_ext.attention import attention_over_spans, check_shapes, full_table, op_inputs
 from selfforcing_ext.integrations.flex_attention import table_for
-from selfforcing_ext.integrations.span_form import read_spans, warn_of_few_queries
+from selfforcing_ext.integrations.span_form import read_spans
 from selfforcing_ext.library import nvtx_range
 from selfforcing_ext.mask import BlockCausalMask, SpanTable, causal_span_table
 
@@ -40,18 +44,19 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class PreparedMask:
-    """A span table as transformers carries it from mask_spans to attention_forward.
+    """What transformers carries from mask_spans to attention_forward: a span table, or None for token-causal attention
+    of a whole sequence, which has one query per block and is left to torch.
 
     It looks four-dimensional: masks that ``generate`` prepares ahead (for static caches) pass the model's own making of
     masks as they are.
     """
 
-    table: SpanTable
+    table: SpanTable | None
     shape: tuple[int, int, int, int]  # 1, 1, queries, keys
     ndim: ClassVar[int] = 4
 
     def to(self, device: torch.device | str) -> PreparedMask:
-        return PreparedMask(self.table.to(device), self.shape)
+        return self if self.table is None else PreparedMask(self.table.to(device), self.shape)
 
     def contiguous(self) -> PreparedMask:
         """Itself: releases before 5.24 ask this of every prepared mask."""
@@ -145,10 +150,10 @@ def attention_forward(
             )
     q, k, v = op_inputs(query=query.transpose(1, 2), key=key.transpose(1, 2), value=value.transpose(1, 2))
     check_shapes(q, k, v)
+    table: SpanTable | None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        make_table = causal_span_table if causal and q.shape[1] > 1 else full_table
-        table = make_table(q.shape[1], k.shape[1], q.device)
+        table = (_causal_table if causal else full_table)(q.shape[1], k.shape[1], q.device)
     elif isinstance(attention_mask, PreparedMask):
         table = attention_mask.table
     elif isinstance(attention_mask, BlockMask):
@@ -159,8 +164,11 @@ def attention_forward(
             "be None, two-dimensional or a BlockMask when the model is called; for block-causal attention, call the "
             "model inside block_causal(mask)"
         )
-    out, _ = attention_over_spans(q, k, v, table, softmax_scale=scaling)
-    return out, None
+    if table is not None:
+        return attention_over_spans(q, k, v, table, softmax_scale=scaling)[0], None
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2), None
 
 
 def mask_spans(
@@ -186,7 +194,7 @@ def mask_spans(
             query sees too many runs of keys, or the lengths are not those of the mask of ``block_causal``.
 
     Warns:
-        UserWarning: a long token-causal mask: exact, but slow.
+        UserWarning: a long mask with few queries per block (a sliding window, a packed sequence): exact, but slow.
     """
     if isinstance(attention_mask, PreparedMask):
         return attention_mask
@@ -199,9 +207,7 @@ def mask_spans(
         if mask_function is bidirectional_mask_function:
             return PreparedMask(full_table(q_length, kv_length, torch.device(device)), shape)
         if mask_function is causal_mask_function and q_offset + q_length == kv_offset + kv_length:
-            if not torch.compiler.is_compiling():
-                warn_of_few_queries("the causal mask", q_length, q_length)
-            return PreparedMask(causal_span_table(q_length, kv_length, device), shape)
+            return PreparedMask(_causal_table(q_length, kv_length, torch.device(device)), shape)
 
     def rows(start: int, end: int) -> Tensor:
         visible: Tensor = sdpa_mask(
@@ -226,6 +232,13 @@ def mask_spans(
         return visible[0]
 
     return PreparedMask(read_spans(rows, q_length, kv_length, name="the mask").to(device), shape)
+
+
+def _causal_table(q_length: int, kv_length: int, device: torch.device) -> SpanTable | None:
+    """The last query stands at the last key. None: the whole sequence, of more than one token."""
+    if q_length == 1:
+        return full_table(q_length, kv_length, device)
+    return None if q_length == kv_length else causal_span_table(q_length, kv_length, device)
 
 
 def _block_causal_table(
