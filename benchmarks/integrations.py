@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -179,7 +180,103 @@ def diffusers(dtype: torch.dtype, seconds: float) -> None:
     report(f"{name}, attention, cached block", seconds, without_cache, ours=lambda: next_block(last))
 
 
-HOSTS = {"diffusers": diffusers, "self_forcing": self_forcing}
+def flex_attention(dtype: torch.dtype, seconds: float) -> None:
+    """torch's FlexAttention, compiled, and ours with the same BlockMask: 9 frames; 9 clean and 9 noisy ones.
+
+    Forward alone, since FlexAttention has no backward on the CPU. What both pay once is outside: the
+    host's compilation, and the conversion of the mask.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from selfforcing_ext.integrations.flex_attention import flex_attention_compatible, span_table_of
+
+    block, length = 3 * 390, 9 * 390
+
+    def teacher_forcing(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        block_q, block_k = q % length // block, k % length // block
+        clean = (k < length) & torch.where(q < length, block_k <= block_q, block_k < block_q)
+        return clean | ((q >= length) & (k >= length) & (block_q == block_k))
+
+    masks = {
+        "block-causal": (length, lambda b, h, q, k: k < (q // block + 1) * block),
+        "teacher forcing": (2 * length, teacher_forcing),
+        "token-causal": (length, lambda b, h, q, k: k <= q),
+    }
+    compiled = torch.compile(flex_attention)
+    for name, (tokens, mask_mod) in masks.items():
+        mask = create_block_mask(mask_mod, None, None, tokens, tokens, device="cpu")
+        span_table_of(mask)
+        qkv = [torch.randn(1, tokens, 12, 128, dtype=dtype).transpose(1, 2) for _ in range(3)]
+
+        def run(attention: Callable[..., Tensor], qkv: list[Tensor] = qkv, mask: object = mask) -> list[Tensor]:
+            return [attention(*qkv, block_mask=mask)]
+
+        report(
+            f"flex_attention {str(dtype).removeprefix('torch.')}, {name}",
+            seconds,
+            partial(run, compiled),
+            ours=partial(run, flex_attention_compatible),
+        )
+
+
+def transformers(dtype: torch.dtype, seconds: float) -> None:
+    """A layer with Wan2.1 1.3B's attention in transformers' Llama, on 9 frames, and in its ViT, on the patches of 3.
+
+    The host's attention is its own "sdpa"; for the block-causal mask it gets a dense one. Projections are in the times,
+    the feed-forward part is left small. Training is forward and backward.
+    """
+    import transformers
+
+    from selfforcing_ext import BlockCausalMask
+    from selfforcing_ext.integrations.transformers import block_causal, register
+
+    register()
+    size = {"hidden_size": 1536, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
+    mask = BlockCausalMask(9, 390, 3)
+    dense = mask.dense()[None, None]
+    tokens = torch.randn(1, mask.seqlen, 1536, dtype=dtype)
+    image = torch.randn(1, 3, 480, 624, dtype=dtype)
+
+    def block_by_block(model: nn.Module) -> Tensor:
+        if model.config._attn_implementation == "sdpa":
+            return model(inputs_embeds=tokens, attention_mask=dense).last_hidden_state
+        with block_causal(mask):
+            return model(inputs_embeds=tokens).last_hidden_state
+
+    @torch.no_grad()
+    def predict(run: Callable[[nn.Module], Tensor], model: nn.Module) -> list[Tensor]:
+        return [run(model)]
+
+    def train(run: Callable[[nn.Module], Tensor], weight: Tensor, model: nn.Module) -> list[Tensor]:
+        out = run(model)
+        unused = ("embed_tokens", "pooler")
+        used = [parameter for name, parameter in model.named_parameters() if not name.startswith(unused)]
+        return [out.detach(), *torch.autograd.grad(out, used, weight)]
+
+    llama = transformers.LlamaConfig(vocab_size=16, use_cache=False, **size)
+    # A bias of keys has no gradient but rounding: it cancels in the softmax.
+    vit = transformers.ViTConfig(image_size=(480, 624), patch_size=16, qkv_bias=False, **size)
+    rows: dict[str, tuple[object, Callable[[nn.Module], Tensor]]] = {
+        "Llama block-causal": (llama, block_by_block),
+        "ViT": (vit, lambda model: model(image).last_hidden_state),
+        "Llama token-causal": (llama, lambda model: model(inputs_embeds=tokens).last_hidden_state),
+    }
+    for row, (config, run) in rows.items():
+        host = transformers.AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        ours = copy.deepcopy(host)
+        ours.set_attn_implementation("selfforcing")
+        weight = torch.randn(*run(host).shape, dtype=dtype)
+        for kind, function in {"": partial(predict, run), ", training": partial(train, run, weight)}.items():
+            name = f"transformers {str(dtype).removeprefix('torch.')}, {row}{kind}"
+            report(name, seconds, partial(function, host), ours=partial(function, ours))
+
+
+HOSTS = {
+    "diffusers": diffusers,
+    "flex_attention": flex_attention,
+    "self_forcing": self_forcing,
+    "transformers": transformers,
+}
 
 
 def main() -> None:

@@ -8,11 +8,15 @@ same numbers, and a backward pass on the CPU, which flex_attention does not have
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from selfforcing_ext.integrations.flex_attention import flex_attention_compatible, span_table_of
 

@@ -8,9 +8,14 @@ know gets into it.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, ViTConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from selfforcing_ext import BlockCausalMask
 from selfforcing_ext.integrations.transformers import block_causal, register

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import subprocess
 import sys
 import warnings
@@ -380,15 +379,8 @@ def test_block_causal_says_what_it_needs():
 
 
 def test_example():
-    root = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, "transformers_attention.py"],
-        cwd=root / "examples",
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    example = Path(__file__).parents[1] / "examples" / "transformers_attention.py"
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for promised in ("Llama, block-causal", "ViT: difference"):
         assert promised in result.stdout
