@@ -160,7 +160,7 @@ def diffusers(dtype: torch.dtype, seconds: float) -> None:
     visible = mask.dense()
     accelerate(ours, mask)
     causal = train(host, video, visible), train(ours, video)
-    report(f"{name}, attention, block-causal training", seconds, causal[0], ours=causal[1])
+    report(f"{name}, attention, causal training", seconds, causal[0], ours=causal[1])
 
     cache, newest = PagedKVCache(1, 12, 128, frame_seqlen, dtype=dtype), (block, rows, columns)
     where = host.rope(latents)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import accelerate as accelerate_library
 import pytest
@@ -371,9 +372,18 @@ def test_errors_name_what_is_wrong():
         accelerate(model, torch.ones(2, 2))
     with pytest.raises(ValueError, match="transformer has head dim 12, but must have a multiple of 8"):
         accelerate(make_model(attention_head_dim=12))
-    assert not is_accelerated(model)
+    parallel = make_model()
+    parallel._parallel_config = SimpleNamespace(context_parallel_config="given")  # by enable_parallelism
+    with pytest.raises(ValueError, match="transformer is under context parallelism"):
+        accelerate(parallel)
+    with pytest.raises(ValueError, match="transformer is under context parallelism"):
+        SelfForcingAttnProcessor()._parallel_config = "given"
+    assert not is_accelerated(parallel)
 
     inputs = make_inputs(model)
+    double = accelerate(make_model().double())
+    with pytest.raises(TypeError, match="float64, but must be float32, bfloat16 or float16"):
+        double(**{name: value.double() for name, value in inputs.items()})
     cache = make_kv_cache(model, inputs["hidden_states"].shape)
     with pytest.raises(ValueError, match="transformer is not accelerated"):
         forward_with_cache(model, cache, *inputs.values())

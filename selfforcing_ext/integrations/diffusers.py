@@ -33,6 +33,9 @@ from selfforcing_ext.mask import BlockCausalMask
 from selfforcing_ext.rope import qk_norm_rope, rope_3d
 
 TEXT_TOKENS = 512  # of an image-to-video model's context, after those of the image, as WanAttnProcessor has it
+NO_CONTEXT_PARALLELISM = (
+    "transformer is under context parallelism, but our attention needs a video's tokens in one place"
+)
 Tables = tuple[Tensor, Tensor]  # cos and sin [1, L, 1, D], each value twice
 
 
@@ -54,7 +57,7 @@ def accelerate(transformer: Any, mask: BlockCausalMask | None = None) -> Any:
 
     Raises:
         TypeError: not a Wan model of diffusers, or a mask of another type.
-        ValueError: heads of a size that the ops do not take.
+        ValueError: heads of a size that the ops do not take, or a model under context parallelism.
     """
     blocks = getattr(transformer, "blocks", None)
     if not (hasattr(transformer, "rope") and blocks and all(hasattr(blocks[0], name) for name in ("attn1", "attn2"))):
@@ -62,6 +65,9 @@ def accelerate(transformer: Any, mask: BlockCausalMask | None = None) -> Any:
     if mask is not None and not isinstance(mask, BlockCausalMask):
         raise TypeError(f"mask is a {type(mask).__name__}, but must be a BlockCausalMask or None")
     check_head_dim("transformer", transformer.config.attention_head_dim)
+    parallel = getattr(transformer, "_parallel_config", None)
+    if parallel is not None and parallel.context_parallel_config is not None:
+        raise ValueError(NO_CONTEXT_PARALLELISM)
     restore(transformer)
     transformer.rope = RopeStandIn(transformer, mask)
     for layer, block in enumerate(blocks):
@@ -190,6 +196,14 @@ class SelfForcingAttnProcessor:
         self.mask = mask
         self.layer = layer
 
+    @property
+    def _parallel_config(self) -> None:
+        """What ``transformer.enable_parallelism`` gives to every processor that has it."""
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        raise ValueError(NO_CONTEXT_PARALLELISM)
+
     def __call__(
         self,
         attn: Any,
@@ -304,12 +318,12 @@ def _turns_as_rope_3d(rope: Any, patch_size: tuple[int, int, int], max_positions
         grid[axis] = max_positions
         latents = [size * patch for size, patch in zip(grid, patch_size, strict=True)]
         cos, sin = rope(torch.empty(1, 1, *latents))
-        east = torch.zeros_like(cos)  # pairs of channels (1, 0), which a rotation turns into (cos, sin)
+        tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (cos.dtype, torch.float32))  # they move with the model
+        east = torch.zeros_like(cos, dtype=torch.float32)  # pairs (1, 0), which a rotation turns into (cos, sin)
         east[..., 0::2] = 1
         turned = rope_3d(east, grid)
-        tolerance = 4 * torch.finfo(cos.dtype).eps  # the tables are in the dtype that the model was moved to
         for part, table in ((turned[..., 0::2], cos[..., 0::2]), (turned[..., 1::2], sin[..., 1::2])):
-            if not torch.allclose(part, table, rtol=0, atol=tolerance):
+            if not torch.allclose(part, table.float(), rtol=0, atol=tolerance):
                 return False
     return True
 
