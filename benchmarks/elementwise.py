@@ -3,21 +3,31 @@
     python benchmarks/elementwise.py [--size demo|wan ...] [--dtype float32|bfloat16 ...] [--op NAME] [--threads N]
 
 Ours and eager run in turns in one process; times are medians. GB/s counts every input and output once, as if each were
-moved through memory one time; "of copy" divides it by what Tensor.copy_ reaches on as many bytes in the same turns.
+moved through memory one time; "of copy" divides it by what a copy of as many bytes reaches in the same turns. "passes" is
+what eager moves (the inputs and outputs of all its operations) over what ours moves: the ratio that can be had by moving
+less, if both move equally fast. It can be exceeded where eager computes (sines and cosines) or waits, and where the calls
+themselves take the time (sizes that fit the caches).
+
+glibc hands large freed buffers back to the kernel, so that every call, ours or eager, would pay for fresh pages; that is
+switched off here (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_MAX_ do it from outside).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -53,6 +63,7 @@ class Problem:
     inputs: list[Tensor]
     constants: list[Tensor] = field(default_factory=list)  # arguments after the inputs, without gradient
     differentiable: bool = True
+    passed_on: int = 0  # so many first inputs get the gradient of the output as it is
 
 
 def problems(size: Size, dtype: torch.dtype) -> Iterator[Problem]:
@@ -89,7 +100,11 @@ def problems(size: Size, dtype: torch.dtype) -> Iterator[Problem]:
         [features(), modulation(), modulation()],
     )
     yield Problem(
-        "gated_residual", ours.gated_residual, modulate.gated_residual, [features(), features(), modulation()]
+        "gated_residual",
+        ours.gated_residual,
+        modulate.gated_residual,
+        [features(), features(), modulation()],
+        passed_on=1,
     )
     yield Problem("denoise_x0", _x0(ours.denoise_step), _x0(denoise.denoise_step), [latents(), latents()], [sigma])
     yield Problem(
@@ -147,12 +162,37 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def report(name: str, functions: tuple[Callable[[], object], Callable[[], object]], moved: int, seconds: float) -> None:
+class BytesMoved(TorchDispatchMode):
+    """Counts the bytes of the inputs and outputs of every operation that is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
+        if not is_view and "empty" not in func.__name__:
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+            self.count += sum(distinct_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """A dimension with stride 0 is one element in memory."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
+    return math.prod(sizes) * tensor.element_size()
+
+
+def report(name: str, mine: Callable[[], object], eager: Callable[[], object], moved: int, seconds: float) -> None:
     source = torch.empty(moved // 2, dtype=torch.uint8)
     target = torch.empty_like(source)
-    mine, eager, copy = in_turns([*functions, lambda: target.copy_(source)], seconds)
-    times = f"{mine * 1e6:9.1f} {eager * 1e6:9.1f} {eager / mine:7.2f}"
-    print(f"{name:44s} {times} {moved / mine / 1e9:8.1f} {copy / mine:8.2f}", flush=True)
+    with BytesMoved() as eager_moved:
+        eager()
+    time_mine, time_eager, time_copy = in_turns([mine, eager, lambda: target.copy_(source)], seconds)
+    times = f"{time_mine * 1e6:9.1f} {time_eager * 1e6:9.1f} {time_eager / time_mine:7.2f}"
+    speed = f"{moved / time_mine / 1e9:8.1f} {time_copy / time_mine:8.2f}"
+    print(f"{name:44s} {times} {eager_moved.count / moved:7.2f} {speed}", flush=True)
 
 
 def run(problem: Problem, label: str, seconds: float) -> None:
@@ -161,12 +201,8 @@ def run(problem: Problem, label: str, seconds: float) -> None:
 
     with torch.no_grad():
         moved = nbytes([*problem.inputs, *problem.constants]) + nbytes(forward(problem.ours))
-        report(
-            f"{problem.name} {label} forward",
-            (lambda: forward(problem.ours), lambda: forward(problem.eager)),
-            moved,
-            seconds,
-        )
+        calls = (lambda: forward(problem.ours)), (lambda: forward(problem.eager))
+        report(f"{problem.name} {label} forward", *calls, moved, seconds)
     if not problem.differentiable:
         return
     leaves = [x.requires_grad_() for x in problem.inputs]
@@ -179,13 +215,22 @@ def run(problem: Problem, label: str, seconds: float) -> None:
             return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
         backward.append(call)
-    # Read: the gradients of the outputs and what the formula needs of the inputs; written: the gradients of the inputs.
-    needed = [] if problem.name in LINEAR else problem.inputs
-    moved = nbytes(gradients) + nbytes(needed) + nbytes(leaves)
-    report(f"{problem.name} {label} backward", (backward[0], backward[1]), moved, seconds)
+    # Read: the gradients of the outputs and what the formula needs of the inputs; written: the gradients of the inputs,
+    # without those that are the gradient of the output itself.
+    needed = [] if problem.name in LINEAR else problem.inputs[problem.passed_on :]
+    moved = nbytes(gradients) + nbytes(needed) + nbytes(leaves[problem.passed_on :])
+    report(f"{problem.name} {label} backward", *backward, moved, seconds)
 
 
 LINEAR = {"rope_3d", "denoise_x0", "denoise_step", "guided_denoise_step", "add_noise"}  # backward reads no input
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory: M_TRIM_THRESHOLD (-1) at its largest, M_MMAP_MAX (-4) 0. Nothing elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)
+        mallopt(-4, 0)
 
 
 def main() -> None:
@@ -200,9 +245,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'op, size, dtype':44s} {'ours us':>9s} {'eager us':>9s} {'ratio':>7s} {'GB/s':>8s} {'of copy':>8s}")
+    print(
+        f"{'op, size, dtype':44s} {'ours us':>9s} {'eager us':>9s} {'ratio':>7s} {'passes':>7s} {'GB/s':>8s} {'of copy':>8s}"
+    )
     for name in arguments.size:
         for dtype in arguments.dtype:
             for problem in problems(SIZES[name], getattr(torch, dtype)):

@@ -17,6 +17,9 @@ namespace {
 // (-s0, s0, -s1, s1, ...): then y = x cosines + swap_pairs(x) sines.
 constexpr int64_t kFloatsPerEntry = 4;
 
+// Kernels read whole vectors from a row, also of the last one.
+constexpr int64_t kPadding = 16;
+
 // Positions follow each other, so cosine and sine of the next come from rotating by one step in double: the error after
 // n steps is about n * 1e-16, and a call costs a few sincos per pair instead of one per entry.
 void fill_table(const RopeParams& params) {
@@ -45,7 +48,9 @@ void fill_table(const RopeParams& params) {
 
 }  // namespace
 
-int64_t rope_table_floats_cpu(const RopeParams& params) { return kFloatsPerEntry * params.axes.table_entries(); }
+int64_t rope_table_floats_cpu(const RopeParams& params) {
+  return kFloatsPerEntry * params.axes.table_entries() + kPadding;
+}
 
 void rope_3d_cpu(const RopeParams& params) {
   fill_table(params);
