@@ -3,12 +3,12 @@
     python benchmarks/elementwise.py [--size demo|wan ...] [--dtype float32|bfloat16 ...] [--op NAME] [--threads N]
 
 Ours and eager run in turns in one process; times are medians. GB/s counts every input and output once, as if each were
-moved through memory one time; "of copy" divides it by what a copy of as many bytes reaches in the same turns. "passes" is
-what eager moves (the inputs and outputs of all its operations) over what ours moves: the ratio that can be had by moving
-less, if both move equally fast. It can be exceeded where eager computes (sines and cosines) or waits, and where the calls
-themselves take the time (sizes that fit the caches).
+moved through memory one time; "of copy" divides it by what a copy of as many bytes reaches in the same turns. "passes"
+is what eager moves (the inputs and outputs of all its operations) over what ours moves: the ratio that can be had by
+moving less, if both move equally fast. It can be exceeded where eager computes (sines and cosines) or waits; where all
+fits into the caches, the calls themselves take the time.
 
-glibc hands large freed buffers back to the kernel, so that every call, ours or eager, would pay for fresh pages; that is
+glibc hands large freed buffers back to the kernel, and every call, ours or eager, would pay for fresh pages; that is
 switched off here (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_MAX_ do it from outside).
 """
 
@@ -248,9 +248,8 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        f"{'op, size, dtype':44s} {'ours us':>9s} {'eager us':>9s} {'ratio':>7s} {'passes':>7s} {'GB/s':>8s} {'of copy':>8s}"
-    )
+    columns = f"{'ours us':>9s} {'eager us':>9s} {'ratio':>7s} {'passes':>7s} {'GB/s':>8s} {'of copy':>8s}"
+    print(f"{'op, size, dtype':44s} {columns}")
     for name in arguments.size:
         for dtype in arguments.dtype:
             for problem in problems(SIZES[name], getattr(torch, dtype)):
