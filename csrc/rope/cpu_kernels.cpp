@@ -106,6 +106,7 @@ void rope_3d(const RopeParams& params) {
         auto* y = row_of<Element>(params.y, batch, first + place);
         for (int32_t head = 0; head < params.num_heads; ++head, x += params.x.head_stride, y += params.y.head_stride)
           for_lanes(params.head_dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+            prefetch(x + d, kPageBytes);
             const Floats rotated = angles.rotate(load<Element>(x + d, lanes), place, d, lanes);
             store<decltype(output)>(y + d, rotated, lanes);
           });
@@ -140,7 +141,7 @@ SELFFORCING_INLINE void qk_norm_rope_rows(const QkNormRopeParams& params, int64_
     const float factor = rstd[row];
     for (int64_t at = 0; at < channels; at += dim, y += params.y.head_stride)
       for_lanes(dim, [&](int64_t d, int count) __attribute__((always_inline)) {
-        prefetch(x + Rows::count * stride + at + d);
+        prefetch(x + Rows::count * stride + at + d, kPageBytes);
         const Floats normed = load<Element>(x + at + d, count) * factor * load<Float32>(weight + at + d, count);
         store<Output>(y + d, angles.rotate(normed, place + row, d, count), count);
       });

@@ -67,8 +67,12 @@ class RowSums {
   Floats sums_[Rows::count * Rows::parts] = {};
 };
 
-// Asks for what the next rows will read, while these are computed from the caches. Any address will do.
-SELFFORCING_INLINE void prefetch(const void* at) { __builtin_prefetch(at); }
+// Asks for what will be read next, while the present is computed. Any address will do. Where there is enough to
+// compute, one asks a page further: the processor's own prefetching ends with the page.
+inline constexpr int64_t kPageBytes = 4096;
+SELFFORCING_INLINE void prefetch(const void* at, int64_t bytes_ahead = 0) {
+  __builtin_prefetch(static_cast<const char*>(at) + bytes_ahead);
+}
 
 // An Element whose stores go past the caches, to multiples of a vector's size. An ordinary store first loads the line
 // that it writes to, which is a third of the traffic of a copy.
