@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_ext.checks import check_float_tensor, dtype_name
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 
 
 @nvtx_range("denoise_step")
@@ -84,7 +84,7 @@ def add_noise(
         TypeError, ValueError: as in ``denoise_step``.
     """
     _check_latents("x0", x0)
-    out: Tensor = ops.add_noise(x0, _like("noise", noise, "x0", x0), _noise_level("sigma", sigma, x0))
+    out: Tensor = call(ops.add_noise, x0, _like("noise", noise, "x0", x0), _noise_level("sigma", sigma, x0))
     return out
 
 
@@ -120,7 +120,7 @@ def dmd_gradient(
     _check_latents("x", x)
     fake, cond = _like("x0_fake", x0_fake, "x", x), _like("x0_real_cond", x0_real_cond, "x", x)
     uncond = None if x0_real_uncond is None else _like("x0_real_uncond", x0_real_uncond, "x", x).detach()
-    out: Tensor = ops.dmd_gradient(x.detach(), fake.detach(), cond.detach(), uncond, float(guidance_scale))
+    out: Tensor = call(ops.dmd_gradient, x.detach(), fake.detach(), cond.detach(), uncond, float(guidance_scale))
     return out
 
 
@@ -140,7 +140,7 @@ def _denoise(
     sigma = _noise_level("sigma", sigma, x_t)
     x0: Tensor
     if sigma_next is None and noise is None:
-        x0 = ops.denoise_x0(flow, flow_uncond, x_t, sigma, float(guidance_scale))
+        x0 = call(ops.denoise_x0, flow, flow_uncond, x_t, sigma, float(guidance_scale))
         return x0, None
     if sigma_next is None or noise is None:
         given, missing = ("noise", "sigma_next") if sigma_next is None else ("sigma_next", "noise")
@@ -148,7 +148,7 @@ def _denoise(
     sigma_next = _noise_level("sigma_next", sigma_next, x_t)
     noise = _like("noise", noise, "x_t", x_t)
     x_next: Tensor
-    x0, x_next = ops.denoise_step(flow, flow_uncond, x_t, sigma, sigma_next, noise, float(guidance_scale))
+    x0, x_next = call(ops.denoise_step, flow, flow_uncond, x_t, sigma, sigma_next, noise, float(guidance_scale))
     return x0, x_next
 
 
@@ -167,7 +167,7 @@ def _like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Tensor:
         )
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")
-    return tensor.to(other.dtype)
+    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
 
 
 def _noise_level(name: str, sigma: Tensor, latents: Tensor) -> Tensor:  # float32 [B, F]
@@ -180,7 +180,7 @@ def _noise_level(name: str, sigma: Tensor, latents: Tensor) -> Tensor:  # float3
         )
     if sigma.device != latents.device:
         raise ValueError(f"{name} is on {sigma.device}, but must be on {latents.device} like the latents")
-    return sigma.detach().float()
+    return sigma if sigma.dtype == torch.float32 and not sigma.requires_grad else sigma.detach().float()
 
 
 @torch.library.register_fake("selfforcing::denoise_x0")
@@ -231,14 +231,23 @@ def _gradients(
     if grad_x0 is None and grad_x_next is None:
         return None, None, None, None
     if grad_x_next is not None:
-        grads = ops.denoise_backward(grad_x0, grad_x_next, sigma, sigma_next, guidance_scale, *needs)
+        grads = call(ops.denoise_backward, grad_x0, grad_x_next, sigma, sigma_next, guidance_scale, *needs)
         return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     # x0 = x_t - ...: the gradient of x_t is that of x0 itself.
     grad_flow = grad_uncond = None
     needs_flow, needs_uncond = needs[:2]
     if needs_flow or needs_uncond:
-        grad_flow, grad_uncond, _, _ = ops.denoise_backward(
-            grad_x0, None, sigma, None, guidance_scale, needs_flow, needs_uncond, False, False
+        grad_flow, grad_uncond, _, _ = call(
+            ops.denoise_backward,
+            grad_x0,
+            None,
+            sigma,
+            None,
+            guidance_scale,
+            needs_flow,
+            needs_uncond,
+            False,
+            False,
         )
     return grad_flow if needs_flow else None, grad_uncond if needs_uncond else None, grad_x0, None
 
@@ -288,11 +297,7 @@ def _no_second_derivative(*_: Any) -> None:
     raise NotImplementedError("the denoising steps can be differentiated once, but not twice")
 
 
-torch.library.register_autograd(
-    "selfforcing::denoise_x0", _denoise_x0_backward, setup_context=_denoise_x0_setup_context
-)
-torch.library.register_autograd(
-    "selfforcing::denoise_step", _denoise_step_backward, setup_context=_denoise_step_setup_context
-)
-torch.library.register_autograd("selfforcing::add_noise", _add_noise_backward, setup_context=_add_noise_setup_context)
-torch.library.register_autograd("selfforcing::denoise_backward", _no_second_derivative)
+register_autograd("denoise_x0", _denoise_x0_backward, _denoise_x0_setup_context)
+register_autograd("denoise_step", _denoise_step_backward, _denoise_step_setup_context)
+register_autograd("add_noise", _add_noise_backward, _add_noise_setup_context)
+register_autograd("denoise_backward", _no_second_derivative)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import nvtx
 import torch
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled part of selfforcing_ext cannot be loaded ({error}); {_HOW_TO_BUILD}") from error
 
-__all__ = ["BUILT_ARCHITECTURES", "HAS_CUDA", "PageTable", "nvtx_range", "ops"]
+__all__ = ["BUILT_ARCHITECTURES", "HAS_CUDA", "PageTable", "call", "nvtx_range", "ops", "register_autograd"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +63,40 @@ _load(_FOLDER / "_ops_cpu.so")
 HAS_CUDA = _load_cuda_ops(_FOLDER / "_ops_cuda.so")
 
 ops = torch.ops.selfforcing
+
+
+# How autograd is told of an op's derivative, by the op.
+_functions: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
+
+
+def register_autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None
+) -> None:
+    """As ``torch.library.register_autograd``, and for ``call`` a shorter way to the same derivative."""
+    torch.library.register_autograd(f"selfforcing::{name}", backward, setup_context=setup_context)
+    op = getattr(ops, name).default
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, result)
+        return result
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    _functions[op] = type(f"{name}_function", (torch.autograd.Function,), members)
+
+
+def call(op: torch._ops.OpOverloadPacket, *arguments: Any) -> Any:
+    """Calls an op whose derivative is registered here, past the kernel that torch.library registers for autograd: on
+    small tensors that takes longer than the op itself, gradient or not. Compilers and function transforms get the op
+    as it is."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return op.default(*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return _functions[op.default].apply(*arguments)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.default(*arguments)
 
 
 def nvtx_range(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

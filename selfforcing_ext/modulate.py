@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_ext.checks import check_float_tensor, dtype_name
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 
 
 @nvtx_range("modulated_layer_norm")
@@ -45,7 +45,7 @@ def modulated_layer_norm(
     if shift.shape != scale.shape:
         raise ValueError(f"shift has shape {list(shift.shape)}, but must have shape {list(scale.shape)} like scale")
     y: Tensor
-    y, _, _ = ops.modulated_layer_norm(x, shift, scale, eps)
+    y, _, _ = call(ops.modulated_layer_norm, x, shift, scale, eps)
     return y
 
 
@@ -76,7 +76,7 @@ def gated_residual(
         raise ValueError(f"y has shape {list(y.shape)}, but must have shape {list(x.shape)} like x")
     if y.device != x.device:
         raise ValueError(f"y is on {y.device}, but must be on {x.device} like x")
-    out: Tensor = ops.gated_residual(x, y.to(x.dtype), _modulation("gate", gate, x))
+    out: Tensor = call(ops.gated_residual, x, y.to(x.dtype), _modulation("gate", gate, x))
     return out
 
 
@@ -140,7 +140,7 @@ def _modulated_layer_norm_setup_context(
 
 
 def _modulated_layer_norm_backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x, grad_shift, grad_scale = ops.modulated_layer_norm_backward(grad_y, *ctx.saved_tensors)
+    grad_x, grad_shift, grad_scale = call(ops.modulated_layer_norm_backward, grad_y, *ctx.saved_tensors)
     return grad_x, grad_shift, grad_scale, None
 
 
@@ -150,7 +150,7 @@ def _gated_residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Ten
 
 
 def _gated_residual_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_y, grad_gate = ops.gated_residual_backward(grad_out, *ctx.saved_tensors)
+    grad_y, grad_gate = call(ops.gated_residual_backward, grad_out, *ctx.saved_tensors)
     return grad_out, grad_y, grad_gate
 
 
@@ -158,13 +158,11 @@ def _no_second_derivative(*_: Any) -> None:
     raise NotImplementedError("the modulation ops can be differentiated once, but not twice")
 
 
-torch.library.register_autograd(
-    "selfforcing::modulated_layer_norm",
+register_autograd(
+    "modulated_layer_norm",
     _modulated_layer_norm_backward,
-    setup_context=_modulated_layer_norm_setup_context,
+    _modulated_layer_norm_setup_context,
 )
-torch.library.register_autograd(
-    "selfforcing::gated_residual", _gated_residual_backward, setup_context=_gated_residual_setup_context
-)
-torch.library.register_autograd("selfforcing::modulated_layer_norm_backward", _no_second_derivative)
-torch.library.register_autograd("selfforcing::gated_residual_backward", _no_second_derivative)
+register_autograd("gated_residual", _gated_residual_backward, _gated_residual_setup_context)
+register_autograd("modulated_layer_norm_backward", _no_second_derivative)
+register_autograd("gated_residual_backward", _no_second_derivative)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_ext.checks import check_float_tensor, check_head_dim, check_heads, dtype_name
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 
 
 @nvtx_range("rope_3d")
@@ -45,7 +45,7 @@ def rope_3d(
     if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
         raise ValueError(f"x has head dim {x.shape[3]}, but must have an even one up to 256")
     _check_grid("x", x, grid)
-    out: Tensor = ops.rope_3d(x, _start_frame_tensor(start_frame, x), list(grid), False)
+    out: Tensor = call(ops.rope_3d, x, _start_frame_tensor(start_frame, x), list(grid), False)
     return out
 
 
@@ -98,8 +98,14 @@ def qk_norm_rope(
         raise ValueError(f"eps is {eps}, but must not be below 0")
     _check_grid("x", x, grid)
     y: Tensor
-    y, _ = ops.qk_norm_rope(
-        x, weight.float().contiguous(), _start_frame_tensor(start_frame, x), num_heads, list(grid), eps
+    y, _ = call(
+        ops.qk_norm_rope,
+        x,
+        weight.float().contiguous(),
+        _start_frame_tensor(start_frame, x),
+        num_heads,
+        list(grid),
+        eps,
     )
     return y
 
@@ -154,7 +160,7 @@ def _rope_3d_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     (start_frame,) = ctx.saved_tensors
     if grad_y.stride(-1) != 1:  # the gradient of a sum is one expanded number
         grad_y = grad_y.contiguous()
-    return ops.rope_3d(grad_y, start_frame, ctx.grid, not ctx.inverse), None, None, None
+    return call(ops.rope_3d, grad_y, start_frame, ctx.grid, not ctx.inverse), None, None, None
 
 
 def _qk_norm_rope_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -166,7 +172,7 @@ def _qk_norm_rope_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple
 
 def _qk_norm_rope_backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, rstd, start_frame = ctx.saved_tensors
-    grad_x, grad_weight = ops.qk_norm_rope_backward(grad_y, x, weight, rstd, start_frame, ctx.grid)
+    grad_x, grad_weight = call(ops.qk_norm_rope_backward, grad_y, x, weight, rstd, start_frame, ctx.grid)
     return grad_x, grad_weight, None, None, None, None
 
 
@@ -174,8 +180,6 @@ def _no_second_derivative(*_: Any) -> None:
     raise NotImplementedError("qk_norm_rope can be differentiated once, but not twice")
 
 
-torch.library.register_autograd("selfforcing::rope_3d", _rope_3d_backward, setup_context=_rope_3d_setup_context)
-torch.library.register_autograd(
-    "selfforcing::qk_norm_rope", _qk_norm_rope_backward, setup_context=_qk_norm_rope_setup_context
-)
-torch.library.register_autograd("selfforcing::qk_norm_rope_backward", _no_second_derivative)
+register_autograd("rope_3d", _rope_3d_backward, _rope_3d_setup_context)
+register_autograd("qk_norm_rope", _qk_norm_rope_backward, _qk_norm_rope_setup_context)
+register_autograd("qk_norm_rope_backward", _no_second_derivative)
