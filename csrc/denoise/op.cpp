@@ -51,7 +51,7 @@ class LatentArguments {
   bool empty() const { return first().numel() == 0; }
 
   // Contiguous, for an output.
-  Tensor output() const { return torch::stable::new_empty(first(), first().sizes()); }
+  Tensor output() const { return new_tensor(first().sizes(), first()); }
 
   // To be called when all are there.
   LatentShape shape() const {
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> denoise_backward(const std::optional<
   p.guidance_scale = static_cast<float>(guidance_scale);
   p.shape = latents.shape();
   const auto output = [&](bool needed, MutableLatents& gradient) {
-    Tensor tensor = needed ? latents.output() : torch::stable::new_empty(latents.first(), std::array<int64_t, 1>{0});
+    Tensor tensor = needed ? latents.output() : new_tensor(std::array<int64_t, 1>{0}, latents.first());
     if (needed) gradient = mutable_latents(tensor);
     return tensor;
   };

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm(const Tensor& x, const T
   p.scale = modulation(scale, "modulated_layer_norm: scale", p.shape, x);
   check(eps >= 0, "modulated_layer_norm: eps is ", eps, ", but must not be below 0");
   p.eps = static_cast<float>(eps);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = new_tensor(x.sizes(), x);
   Tensor mean = empty_floats<2>({x.size(0), x.size(1)}, x), rstd = empty_floats<2>({x.size(0), x.size(1)}, x);
   if (x.numel() == 0) return {y, mean, rstd};
   p.x = features(x);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
   p.scale = modulation(scale, "modulated_layer_norm_backward: scale", p.shape, x);
   p.mean = row_statistics(mean, "modulated_layer_norm_backward: mean", x);
   p.rstd = row_statistics(rstd, "modulated_layer_norm_backward: rstd", x);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_x = new_tensor(x.sizes(), x);
   Tensor grad_shift = modulation_gradient(p.shape, x), grad_scale = modulation_gradient(p.shape, x);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_shift), torch::stable::zero_(grad_scale)};
   p.grad_x = features(grad_x);
@@ -113,7 +113,7 @@ Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
   p.x = features(x);
   p.y = features_like(y, "gated_residual: y", x, "x");
   p.gate = modulation(gate, "gated_residual: gate", p.shape, x);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x.sizes(), x);
   if (x.numel() == 0) return out;
   p.out = features(out);
   run_kernel("gated_residual", SELFFORCING_KERNEL(gated_residual), p, x);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_out_given,
   p.y = features(y);
   p.grad_out = features_like(grad_out, "gated_residual_backward: grad_out", y, "y");
   p.gate = modulation(gate, "gated_residual_backward: gate", p.shape, y);
-  Tensor grad_y = torch::stable::new_empty(y, y.sizes());
+  Tensor grad_y = new_tensor(y.sizes(), y);
   Tensor grad_gate = modulation_gradient(p.shape, y);
   if (y.numel() == 0) return {grad_y, torch::stable::zero_(grad_gate)};
   p.grad_y = features(grad_y);

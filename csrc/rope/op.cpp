@@ -42,7 +42,7 @@ Tensor rope_3d(const Tensor& x, const Tensor& start_frame, const std::vector<int
   RopeParams p;
   fill_params(p, x, "rope_3d: x", x.size(1), x.size(2), x.size(3), 2, start_frame, grid);
   p.inverse = inverse;
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = new_tensor(x.sizes(), x);
   if (x.numel() == 0) return y;
   Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
   p.table = table.mutable_data_ptr<float>();
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& x, const Tensor& weight, c
   QkNormRopeParams p;
   fill_params(p, x, "qk_norm_rope: x", x.size(1), num_heads, head_dim, 8, start_frame, grid);
   const std::array<int64_t, 4> y_size{x.size(0), x.size(1), num_heads, head_dim};
-  Tensor y = torch::stable::new_empty(x, y_size);
+  Tensor y = new_tensor(y_size, x);
   Tensor rstd = empty_floats<2>({x.size(0), x.size(1)}, x);
   if (x.numel() == 0) return {y, rstd};
   Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope_backward(const Tensor& grad_y_given, con
   QkNormRopeBackwardParams p;
   fill_params(p, x, "qk_norm_rope_backward: x", x.size(1), num_heads, head_dim, 8, start_frame, grid);
   p.inverse = true;
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  Tensor grad_x = new_tensor(x.sizes(), x);
+  Tensor grad_weight = new_tensor(weight.sizes(), weight);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_weight)};
   Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
   p.table = table.mutable_data_ptr<float>();
