@@ -1,5 +1,5 @@
-"""Every public op under torch's modes: autocast, meta and fake tensors, default devices, deterministic algorithms; and
-what the ops say about tensors of another dtype or device."""
+"""Every public op under torch's modes: autocast, inference, meta and fake tensors, default devices, deterministic
+algorithms; and what the ops say about tensors of another dtype or device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from python_ref.models.wan import CausalWanModel
 from selfforcing_ext import BlockCausalMask, PagedKVCache, block_causal_attention
+from selfforcing_ext.mask import _make_full_span_table
 
 #: Attention is cast as scaled_dot_product_attention is; the others compute in float32 whatever they are given.
 CAST_BY_AUTOCAST = {"block_causal_attention", "block_causal_attention without mask", "PagedKVCache.attend"}
@@ -37,6 +38,21 @@ def test_autocast(call: OpCall, dtype: torch.dtype):
     assert actual[0].dtype == (dtype if call.name in CAST_BY_AUTOCAST else torch.float32)
     for mine, true in zip(actual, expected, strict=True):
         assert_same_bits(mine, true)
+
+
+@every_op
+def test_inference_mode(call: OpCall):
+    """The same bits; and what a call in inference mode keeps (span tables) serves a call with gradient."""
+    _make_full_span_table.cache_clear()
+    with torch.inference_mode():
+        actual = call.outputs(**call.inputs())
+    arguments = {name: tensor.requires_grad_(name not in call.constants) for name, tensor in call.inputs().items()}
+    outputs = call.outputs(**arguments)
+    for mine, true in zip(actual, outputs, strict=True):
+        assert mine.is_inference()
+        assert_same_bits(mine, true)
+    if leaves := [tensor for tensor in arguments.values() if tensor.requires_grad]:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
 
 
 @every_op
