@@ -178,6 +178,9 @@ class CudaStreamGuard {
 
 // `status` is a cudaError_t.
 inline void check_launch(int32_t status, const char* op) {
+  constexpr int32_t kNoKernelImageForDevice = 209;  // CUDA Runtime API, cudaError_t
+  check(status != kNoKernelImageForDevice, op,
+        ": this build has no kernels for this GPU; `python -m selfforcing_ext.info` says for which it has");
   check(status == 0, op, ": the CUDA launch failed with cudaError_t ", status);
 }
 #endif

@@ -18,7 +18,17 @@ import pytest
 import selfforcing_ext
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CMakeLists.txt", "requirements.txt")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "CMakeLists.txt",
+    "requirements.txt",
+)
+BUILD_SETTINGS = ("CXX", "CUDA_HOME", "CUDA_PATH", "SELFFORCING_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 
 @pytest.fixture
@@ -59,9 +69,6 @@ def setup(tree: Path, tmp_path: Path):
         )
 
     return run
-
-
-BUILD_SETTINGS = ("CXX", "CUDA_HOME", "CUDA_PATH", "SELFFORCING_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 
 def program(folder: Path, name: str, body: str) -> Path:
