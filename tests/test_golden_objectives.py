@@ -1,4 +1,4 @@
-"""DMD, critic and diffusion losses with their gradients against the published implementation."""
+"""The losses with their gradients against the published implementation."""
 
 import pytest
 import torch
@@ -17,10 +17,16 @@ from golden_files import (
 from python_ref.models.wan import CausalWanModel, WanModel
 from python_ref.objectives.diffusion import CausalDiffusion
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.sid import SID
 from python_ref.pipelines.training import SelfForcingTrainingPipeline
 from python_ref.schedule import FlowMatchSchedule
 
-DMD_LOSSES = ["loss_dmd", "loss_dmd_masked_guided"]
+MATCHING_LOSSES = ["loss_dmd", "loss_dmd_masked_guided", "loss_sid"]
+WIDE_MATCHING_LOSSES = [
+    (name, case)
+    for name in ("wide/f_dmd_matching", "wide/f_sid_matching")
+    for case in sorted(parameters(name)["cases"])
+]
 DIFFUSION_LOSSES = ["loss_diffusion_forcing", "loss_teacher_forcing", "loss_teacher_forcing_noise_aug"]
 SCORE_SHIFT = 8.0  # the shift that the published score wrappers always use
 
@@ -40,18 +46,34 @@ def load_models(backend):
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", DMD_LOSSES)
-def test_dmd(name, backend):
-    entry, tensors = parameters(name), load(name)
-    objective = DMD(
-        *load_models(backend),
-        FlowMatchSchedule(5.0),
-        guidance_scale=entry["real_guidance_scale"],
-        fake_guidance_scale=entry["fake_guidance_scale"],
-        timestep_shift=entry["timestep_shift"],
-        ts_schedule=entry["ts_schedule"],
+def matching_objective(name, models, schedule, options, **more):
+    """DMD or SiD as the name of the file says."""
+    kind, alpha = (SID, {"sid_alpha": options["sid_alpha"]}) if "sid" in name else (DMD, {})
+    return kind(
+        *models,
+        schedule,
+        guidance_scale=options.get("real_guidance_scale", options.get("guidance_scale")),
+        fake_guidance_scale=options.get("fake_guidance_scale", 0.0),
+        timestep_shift=options["timestep_shift"],
+        ts_schedule=options["ts_schedule"],
+        ts_schedule_max=options.get("ts_schedule_max", False),
+        min_score_timestep=options.get("min_score_timestep", 0),
+        **alpha,
+        **more,
     )
+
+
+def wide_models(backend):
+    """Generator, real score and fake score."""
+    kinds = {"ef_gen": CausalWanModel, "ef_real": WanModel, "ef_fake": WanModel}
+    return [wide_model(kind, name, backend) for name, kind in kinds.items()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MATCHING_LOSSES)
+def test_matching(name, backend):
+    entry, tensors = parameters(name), load(name)
+    objective = matching_objective(name, load_models(backend), FlowMatchSchedule(5.0), entry)
     latents = tensors["latents"].requires_grad_()
     mask = tensors["gradient_mask"].bool() if "gradient_mask" in tensors else None
     loss, log = objective.distribution_matching_loss(
@@ -67,26 +89,20 @@ def test_dmd(name, backend):
     assert_near(loss, tensors["loss"], name="loss")
     assert_near(latents.grad, tensors["grad_latents"], name="gradient")
     assert_near(log["timestep"].expand(latents.shape[:2]), tensors["timestep"], name="timestep")
-    assert_near(log["gradient_norm"], tensors["dmdtrain_gradient_norm"], name="gradient norm")
+    if "gradient_norm" in log:
+        assert_near(log["gradient_norm"], tensors["dmdtrain_gradient_norm"], name="gradient norm")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", sorted(parameters("wide/f_dmd_matching")["cases"]))
-def test_wide_dmd(name, backend):
-    entry, tensors = parameters("wide/f_dmd_matching")["cases"][name], case("wide/f_dmd_matching", name)
-    options = entry["args"]
-    objective = DMD(
-        wide_model(CausalWanModel, "ef_gen", backend),
-        wide_model(WanModel, "ef_real", backend),
-        wide_model(WanModel, "ef_fake", backend),
+@pytest.mark.parametrize(("name", "part"), WIDE_MATCHING_LOSSES)
+def test_wide_matching(name, part, backend):
+    entry, tensors = parameters(name)["cases"][part], case(name, part)
+    objective = matching_objective(
+        name,
+        wide_models(backend),
         FlowMatchSchedule(entry["generator_scheduler_shift"]),
+        entry["args"],
         score_schedule=FlowMatchSchedule(SCORE_SHIFT),
-        guidance_scale=options.get("real_guidance_scale", options.get("guidance_scale")),
-        fake_guidance_scale=options.get("fake_guidance_scale", 0.0),
-        timestep_shift=options["timestep_shift"],
-        ts_schedule=options["ts_schedule"],
-        ts_schedule_max=options.get("ts_schedule_max", False),
-        min_score_timestep=options.get("min_score_timestep", 0),
     )
     latents = tensors["x"].requires_grad_()
     loss, log = objective.distribution_matching_loss(
@@ -102,7 +118,8 @@ def test_wide_dmd(name, backend):
     assert_near(loss, tensors["loss"], name="loss")
     assert_near(latents.grad, tensors["grad_x"], name="gradient")
     assert_near(log["timestep"].expand(latents.shape[:2]), tensors["timestep"], name="timestep")
-    assert_near(log["gradient_norm"], tensors["log_gradient_norm"], name="gradient norm")
+    if "gradient_norm" in log:
+        assert_near(log["gradient_norm"], tensors["log_gradient_norm"], name="gradient norm")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,23 +195,14 @@ def test_clean_noise_is_low_unless_asked_to_be_as_published():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["dmd_gen", "dmd_critic"])
+@pytest.mark.parametrize("name", ["dmd_gen", "dmd_critic", "sid_gen", "sid_critic"])
 def test_whole_step(name, backend):
     """A rollout of 21 frames and the loss on it, down to the gradients of the generator or of the critic."""
     entry, tensors = parameters(f"wide/f_e2e/{name}"), load(f"wide/f_e2e/{name}")
     options = entry["args"]
     schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
-    generator = wide_model(CausalWanModel, "ef_gen", backend)
-    fake = wide_model(WanModel, "ef_fake", backend)
-    objective = DMD(
-        generator,
-        wide_model(WanModel, "ef_real", backend),
-        fake,
-        schedule,
-        score_schedule=FlowMatchSchedule(SCORE_SHIFT),
-        guidance_scale=options["guidance_scale"],
-        timestep_shift=options["timestep_shift"],
-    )
+    models = generator, _, fake = wide_models(backend)
+    objective = matching_objective(name, models, schedule, options, score_schedule=FlowMatchSchedule(SCORE_SHIFT))
     prefixes = {"constant": "grad_detached.gen."} | ({"exit_step": "grad.gen."} if backend == "reference" else {})
     for cache_gradient, prefix in prefixes.items():
         source = replay(tensors)
@@ -211,7 +219,7 @@ def test_whole_step(name, backend):
         levels = rollout.timestep_from, rollout.timestep_to
         for module in (generator, fake):
             module.zero_grad()
-        if name == "dmd_gen":
+        if name.endswith("gen"):
             loss, _ = objective.distribution_matching_loss(
                 rollout.video, tensors["cond"], tensors["uncond"], None, *levels, source=source
             )
@@ -220,5 +228,5 @@ def test_whole_step(name, backend):
         loss.backward()
         assert source.consumed == len(source.draws)
         assert_near(loss, tensors["loss"], name="loss")
-        trained, prefix = (generator, prefix) if name == "dmd_gen" else (fake, "grad.fake.")
+        trained, prefix = (generator, prefix) if name.endswith("gen") else (fake, "grad.fake.")
         assert_gradients_near(trained, tensors, prefix)

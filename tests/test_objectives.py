@@ -1,4 +1,4 @@
-"""Losses: the bidirectional teacher's, and properties of the DMD gradient. Numbers are in test_golden_objectives.py."""
+"""Losses: the bidirectional teacher's, and properties of the others. Numbers are in test_golden_objectives.py."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.noise import ReplayNoise, TorchNoise
 from python_ref.objectives.diffusion import CausalDiffusion, TeacherFlowMatching
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.sid import SID
 from python_ref.schedule import FlowMatchSchedule
 
 CONFIG = WanConfig(
@@ -94,6 +95,36 @@ def test_dmd_pulls_latents_from_the_critic_to_the_teacher(backend):
     wanted = x0[1] + 2.0 * (x0[1] - x0[2])
     distance = (latents.detach() - wanted).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     assert relative_error(latents.grad * latents.numel(), (x0[0] - wanted) / distance) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sid_is_its_definition(backend):
+    """Both ways of writing the loss, and a gradient mask; the critic's weights get no gradient but stay trainable."""
+    generator, real, fake = make(CausalWanModel, backend), make(WanModel, backend, 1), make(WanModel, backend, 2)
+    latents, context, uncond = inputs()
+    latents.requires_grad_()
+    mask = torch.zeros_like(latents, dtype=torch.bool)
+    mask[:, 1:3] = True
+    objective = SID(generator, real, fake, SCHEDULE, guidance_scale=2.0, sid_alpha=0.8)
+    loss, log = objective.distribution_matching_loss(latents, context, uncond, mask, source=TorchNoise(0))
+    loss.backward()
+    assert all(weight.requires_grad and weight.grad is None for weight in fake.parameters())
+
+    source, t = TorchNoise(0), log["timestep"]
+    source.randint(0, 1000, (2, 1), latents.device)
+    x = latents.detach().clone().requires_grad_()
+    noisy = SCHEDULE.add_noise(x, source.randn(x.shape, x.dtype, x.device), t)
+    x0 = [
+        SCHEDULE.flow_to_x0(score(noisy, t[:, 0], text), noisy, t)
+        for score, text in ((fake, context), (real, context), (real, uncond))
+    ]
+    wanted = x0[1] + 2.0 * (x0[1] - x0[2])
+    distance = (x - wanted).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    difference = wanted - x0[0]
+    expected = ((0.2 * difference.square() + difference * (x0[0] - x)) / distance)[mask].mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.double(), rtol=1e-5, atol=1e-6)
+    assert relative_error(latents.grad, x.grad) < 1e-5
 
 
 def test_score_timesteps_follow_the_rollout():

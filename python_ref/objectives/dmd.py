@@ -14,14 +14,12 @@ from torch import Tensor
 from python_ref.models.wan import CausalWanModel, WanModel
 from python_ref.noise import NoiseSource
 from python_ref.objectives.diffusion import flow_matching_loss
+from python_ref.objectives.score_noise import ScoreNoise
 from python_ref.schedule import FlowMatchSchedule
-
-# Scores are compared at noise levels away from both ends, where one of them says nothing (DMD, section 3.2).
-LOWEST_SCORE_TIMESTEP, HIGHEST_SCORE_TIMESTEP = 0.02, 0.98  # as fractions of num_train_timesteps
 
 
 @dataclass
-class DMD:
+class DMD(ScoreNoise):
     """The losses of the generator and of the critic (the score of the generated distribution).
 
     Args:
@@ -76,12 +74,9 @@ class DMD:
             [B, 1].
         """
         with torch.no_grad():
-            t, noisy, _ = self._noise(latents, timestep_from, timestep_to, source)
-            x0_fake, x0_fake_uncond = self._predict_x0(
-                self.fake_score, noisy, t, context, uncond if self.fake_guidance_scale else None
-            )
-            if x0_fake_uncond is not None:
-                x0_fake = x0_fake + self.fake_guidance_scale * (x0_fake - x0_fake_uncond)
+            t = self._draw_timestep(latents, timestep_from, timestep_to, source)
+            noisy = self._noise_to(latents, source.randn(latents.shape, latents.dtype, latents.device), t)
+            x0_fake = self._guided_x0(self.fake_score, noisy, t, context, uncond, self.fake_guidance_scale)
             x0_real, x0_real_uncond = self._predict_x0(
                 self.real_score, noisy, t, context, uncond if self.guidance_scale else None
             )
@@ -109,34 +104,21 @@ class DMD:
             The loss, and its log: ``timestep`` [B, 1].
         """
         generated = generated.detach()
-        t, noisy, noise = self._noise(generated, timestep_from, timestep_to, source)
-        flow = self.fake_score(noisy, t[:, 0], context)
+        t = self._draw_timestep(generated, timestep_from, timestep_to, source)
+        noise = source.randn(generated.shape, generated.dtype, generated.device)
+        flow = self.fake_score(self._noise_to(generated, noise, t), t[:, 0], context)
         if self.score_schedule is not None:
             # The critic's x0 prediction, as flow of the generator's schedule: x0 = x_t - sigma flow in both.
             ratio = self.score_schedule.sigma_at(t) / self.schedule.sigma_at(t)
             flow = ratio[:, :, None, None, None] * flow
         return flow_matching_loss(flow, generated, noise), {"timestep": t}
 
-    def score_timestep(self, uniform: Tensor) -> Tensor:
-        """float32 timesteps to compare scores at, from uniform integer ones: shifted, then kept off the ends."""
-        steps = self.schedule.num_train_timesteps
-        t = uniform.float()
-        if self.timestep_shift > 1:
-            t = self.timestep_shift * (t / steps) / (1 + (self.timestep_shift - 1) * (t / steps)) * steps
-        return t.clamp(int(LOWEST_SCORE_TIMESTEP * steps), int(HIGHEST_SCORE_TIMESTEP * steps))
-
-    def _noise(
-        self, latents: Tensor, timestep_from: int | None, timestep_to: int | None, source: NoiseSource
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps [B, 1], the latents noised to them, and the noise."""
-        low = timestep_to if self.ts_schedule and timestep_to is not None else self.min_score_timestep
-        high = (
-            timestep_from if self.ts_schedule_max and timestep_from is not None else self.schedule.num_train_timesteps
-        )
-        t = self.score_timestep(source.randint(low, high, (latents.shape[0], 1), latents.device))
-        noise = source.randn(latents.shape, latents.dtype, latents.device)
-        sigma = self.schedule.sigma_at(t).expand(latents.shape[:2])
-        return t, self.generator.ops.add_noise(latents.detach(), noise, sigma), noise
+    def _guided_x0(
+        self, model: WanModel, noisy: Tensor, t: Tensor, context: Tensor, uncond: Tensor, scale: float
+    ) -> Tensor:
+        """cond + scale (cond - uncond)."""
+        cond, free = self._predict_x0(model, noisy, t, context, uncond if scale else None)
+        return cond if free is None else cond + scale * (cond - free)
 
     def _predict_x0(
         self, model: WanModel, noisy: Tensor, t: Tensor, context: Tensor, uncond: Tensor | None

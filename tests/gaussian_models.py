@@ -1,0 +1,41 @@
+"""Generator and scores of Gaussian videos, whose best flow is known: small modules with the models' interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from python_ref.backend import load_backend
+from python_ref.schedule import FlowMatchSchedule
+
+SCHEDULE = FlowMatchSchedule(1.0)
+SHAPE = (2, 1, 2, 2)  # [F, C, H, W]
+
+
+class Gaussian(nn.Module):
+    """N(mean, deviation^2) for every element of a video of ``SHAPE``, mean and deviation learned."""
+
+    def __init__(self, mean: float, deviation: float, backend: str = "reference") -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.full(SHAPE, mean))
+        self.log_deviation = nn.Parameter(torch.full(SHAPE, deviation).log())
+        self.ops = load_backend(backend)
+
+    @property
+    def deviation(self) -> Tensor:
+        return self.log_deviation.exp()
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Videos [B, F, C, H, W] from standard normal ones."""
+        return self.mean + self.deviation * noise
+
+
+class GaussianScore(Gaussian):
+    """The flow that predicts these Gaussians best: x_t = (1 - sigma) x0 + sigma noise is jointly Gaussian with x0."""
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        sigma = SCHEDULE.sigma_at(t)[:, None, None, None, None]
+        signal = (1 - sigma) * self.deviation.square()
+        gain = signal / ((1 - sigma) * signal + sigma**2)
+        x0 = self.mean + gain * (x_t - (1 - sigma) * self.mean)
+        return (x_t - x0) / sigma
