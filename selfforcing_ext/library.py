@@ -65,8 +65,9 @@ HAS_CUDA = _load_cuda_ops(_FOLDER / "_ops_cuda.so")
 ops = torch.ops.selfforcing
 
 
-# How autograd is told of an op's derivative, by the op.
+# How autograd is told of an op's derivative, by the op; and the same in the form that torch.func transforms take.
 _functions: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
+_transformable: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 
 
 def register_autograd(
@@ -83,16 +84,21 @@ def register_autograd(
             setup_context(ctx, arguments, result)
         return result
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members: dict[str, Any] = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     _functions[op] = type(f"{name}_function", (torch.autograd.Function,), members)
+    members |= {"forward": staticmethod(lambda *arguments: op(*arguments)), "generate_vmap_rule": True}
+    members |= {"setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None))}
+    _transformable[op] = type(f"{name}_transformable", (torch.autograd.Function,), members)
 
 
 def call(op: torch._ops.OpOverloadPacket, *arguments: Any) -> Any:
     """Calls an op whose derivative is registered here, past the kernel that torch.library registers for autograd: on
-    small tensors that takes longer than the op itself, gradient or not. Compilers and function transforms get the op
-    as it is."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    small tensors that takes longer than the op itself, gradient or not. Compilers get the op as it is."""
+    if torch.compiler.is_compiling():
         return op.default(*arguments)
+    if torch._C._are_functorch_transforms_active():
+        transformable = _transformable.get(op.default)
+        return op.default(*arguments) if transformable is None else transformable.apply(*arguments)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _functions[op.default].apply(*arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
