@@ -48,7 +48,8 @@ docs: environment
 	NO_MKDOCS_2_WARNING=1 mkdocs build -q
 
 bench: build
-	@for op in attention kv_cache elementwise; do echo "== $$op"; python benchmarks/$$op.py || exit 1; done
+	@for name in attention kv_cache elementwise denoise_loop; do \
+		echo "== $$name"; python benchmarks/$$name.py || exit 1; done
 
 teacher: build
 	python -m python_ref.train --config configs/teacher.yaml
