@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from python_ref.backend import load_backend
+from python_ref.models.wan import WanConfig
 from python_ref.schedule import FlowMatchSchedule
+from selfforcing_ext.mask import BlockCausalMask
 
 SCHEDULE = FlowMatchSchedule(1.0)
 SHAPE = (2, 1, 2, 2)  # [F, C, H, W]
@@ -33,9 +35,35 @@ class Gaussian(nn.Module):
 class GaussianScore(Gaussian):
     """The flow that predicts these Gaussians best: x_t = (1 - sigma) x0 + sigma noise is jointly Gaussian with x0."""
 
+    def encode_context(self, context: Tensor) -> Tensor:
+        return context
+
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         sigma = SCHEDULE.sigma_at(t)[:, None, None, None, None]
         signal = (1 - sigma) * self.deviation.square()
         gain = signal / ((1 - sigma) * signal + sigma**2)
         x0 = self.mean + gain * (x_t - (1 - sigma) * self.mean)
         return (x_t - x0) / sigma
+
+    def at_noise_level(self, sigma: float) -> tuple[Tensor, Tensor]:
+        """Gain and offset of the ODE's map from its start, standard normal noise, to its state at sigma."""
+        return ((1 - sigma) ** 2 * self.deviation.square() + sigma**2).sqrt(), (1 - sigma) * self.mean
+
+
+class AffineStudent(nn.Module):
+    """A causal model that predicts x0 = gain x_t + offset, with both learned for every denoising step."""
+
+    def __init__(self, timesteps: Tensor, backend: str = "reference") -> None:
+        super().__init__()
+        self.config = WanConfig(in_dim=SHAPE[1], out_dim=SHAPE[1], patch_size=(1, 1, 1))
+        self.ops = load_backend(backend)
+        self.register_buffer("timesteps", timesteps)
+        self.gain = nn.Parameter(torch.ones(len(timesteps)))
+        self.offset = nn.Parameter(torch.zeros(len(timesteps)))
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: BlockCausalMask) -> Tensor:
+        step = (self.timesteps - t[..., None]).abs().argmin(-1)
+        gain, offset, sigma = (
+            value[:, :, None, None, None] for value in (self.gain[step], self.offset[step], SCHEDULE.sigma_at(t))
+        )
+        return (x_t - (gain * x_t + offset)) / sigma

@@ -17,6 +17,7 @@ from golden_files import (
 from python_ref.models.wan import CausalWanModel, WanModel
 from python_ref.objectives.diffusion import CausalDiffusion
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.pipelines.training import SelfForcingTrainingPipeline
 from python_ref.schedule import FlowMatchSchedule
@@ -67,6 +68,12 @@ def wide_models(backend):
     """Generator, real score and fake score."""
     kinds = {"ef_gen": CausalWanModel, "ef_real": WanModel, "ef_fake": WanModel}
     return [wide_model(kind, name, backend) for name, kind in kinds.items()]
+
+
+def denoising_steps(options, schedule):
+    """As the generator sees them."""
+    steps = options["denoising_step_list"]
+    return schedule.warp(steps) if options["warp_denoising_step"] else torch.tensor(steps, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,6 +202,43 @@ def test_clean_noise_is_low_unless_asked_to_be_as_published():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_ode_regression(backend):
+    entry, tensors = parameters("loss_ode_regression"), load("loss_ode_regression")
+    generator, _, _ = load_models(backend)
+    objective = ODERegression(
+        generator, FlowMatchSchedule(5.0), entry["denoising_step_list"], entry["num_frame_per_block"]
+    )
+    loss, log = objective.loss(tensors["ode_latent"], tensors["context"], replay(tensors))
+    loss.backward()
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(log["x0"], tensors["output"], name="x0")
+    assert_gradients_near(generator, tensors, "grad.")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(parameters("wide/f_ode_regression")["cases"]))
+def test_wide_ode_regression(name, backend):
+    entry, tensors = parameters("wide/f_ode_regression")["cases"][name], case("wide/f_ode_regression", name)
+    options = entry["args"]
+    generator = wide_model(CausalWanModel, "ef_gen", backend)
+    schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
+    objective = ODERegression(
+        generator,
+        schedule,
+        denoising_steps(options, schedule),
+        options["num_frame_per_block"],
+        first_frame_alone=options["independent_first_frame"],
+        first_frame_given=options["i2v"],
+    )
+    loss, log = objective.loss(tensors["ode_latent"], tensors["cond"], replay(tensors))
+    loss.backward()
+    assert_near(log["timestep"], tensors["timestep"], name="timestep")
+    assert_near(log["x0"], tensors["output"], name="x0")
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_gradients_near(generator, tensors, "grad.gen.")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["dmd_gen", "dmd_critic", "sid_gen", "sid_critic"])
 def test_whole_step(name, backend):
     """A rollout of 21 frames and the loss on it, down to the gradients of the generator or of the critic."""
@@ -210,7 +254,7 @@ def test_whole_step(name, backend):
         pipeline = SelfForcingTrainingPipeline(
             generator,
             schedule,
-            schedule.warp(options["denoising_step_list"]),
+            denoising_steps(options, schedule),
             frames_per_block=options["num_frame_per_block"],
             cache_gradient=cache_gradient,
         )

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from gaussian_models import SCHEDULE, SHAPE, Gaussian, GaussianScore
+from gaussian_models import SCHEDULE, SHAPE, AffineStudent, Gaussian, GaussianScore
 from torch import nn
 
 from python_ref.noise import TorchNoise
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
+from python_ref.pipelines.bidirectional import solve_bidirectional
+from python_ref.schedule import FlowMatchSchedule
 
 MEAN, DEVIATION = 0.7, 0.5  # of the data
 START = -1.0, 1.5
@@ -47,3 +50,37 @@ def test_score_distillation_reaches_the_data(kind):
     for reached in (generator, critic):
         assert (reached.mean - MEAN).abs().max() < 0.05
         assert (reached.deviation - DEVIATION).abs().max() < 0.05
+
+
+def test_the_solution_of_the_ode_is_the_known_one():
+    """The flow of a Gaussian is affine in x_t, and so is the map along it; Euler's error falls as 1 / steps."""
+    teacher, errors = GaussianScore(MEAN, DEVIATION).requires_grad_(False), []
+    noise = draw(TorchNoise(0))
+    for steps in (100, 200):
+        states = list(solve_bidirectional(teacher, FlowMatchSchedule(1.0, num_steps=steps), noise, TEXT, TEXT, 1.0))
+        assert len(states) == steps + 1
+        assert torch.equal(states[0], noise)
+        worst = 0.0
+        for number, state in enumerate(states):
+            gain, offset = teacher.at_noise_level(1 - number / steps)
+            worst = max(worst, (state - (gain * noise + offset)).abs().max().item())
+        errors.append(worst)
+    assert errors[1] < 0.02
+    assert 1.8 < errors[0] / errors[1] < 2.2
+
+
+def test_ode_regression_reaches_the_known_map():
+    teacher = GaussianScore(MEAN, DEVIATION).requires_grad_(False)
+    timesteps = torch.tensor([1000.0, 750.0, 500.0, 250.0])
+    student, source, steps = AffineStudent(timesteps), TorchNoise(0), 400
+    objective = ODERegression(student, SCHEDULE, timesteps, frames_per_block=1)
+    learner = Descent(student, 0.05, steps)
+    maps = [teacher.at_noise_level(sigma) for sigma in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    for _ in range(steps):
+        noise = draw(source)
+        trajectory = torch.stack([gain * noise + offset for gain, offset in maps], dim=1)
+        learner.step(objective.loss(trajectory, TEXT, source)[0])
+    for step, (gain, offset) in enumerate(maps[:-1]):
+        wanted = DEVIATION / gain.mean()
+        assert abs(student.gain[step] - wanted) < 1e-2
+        assert abs(student.offset[step] - (MEAN - wanted * offset.mean())) < 1e-2

@@ -9,6 +9,7 @@ from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.noise import ReplayNoise, TorchNoise
 from python_ref.objectives.diffusion import CausalDiffusion, TeacherFlowMatching
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.schedule import FlowMatchSchedule
 
@@ -125,6 +126,36 @@ def test_sid_is_its_definition(backend):
     expected.backward()
     torch.testing.assert_close(loss, expected.double(), rtol=1e-5, atol=1e-6)
     assert relative_error(latents.grad, x.grad) < 1e-5
+
+
+def test_ode_regression_on_clean_frames_alone_is_no_loss():
+    """All blocks may draw the clean end: the mean over the frames that count must not be one over nothing."""
+    latents, context, _ = inputs()
+    trajectory = torch.stack((torch.randn_like(latents), latents), dim=1)
+    objective = ODERegression(make(CausalWanModel, "reference"), SCHEDULE, [1000, 0], frames_per_block=2)
+    loss, _ = objective.loss(trajectory, context, ReplayNoise([torch.ones(2, 4, dtype=torch.int64)]))
+    loss.backward()
+    assert loss == 0
+    assert all(not weight.grad.any() for weight in objective.generator.parameters() if weight.grad is not None)
+
+
+def test_ode_regression_starts_from_a_given_frame():
+    latents, context, _ = inputs()
+    trajectory = torch.stack((torch.randn_like(latents), torch.randn_like(latents), latents), dim=1)
+    generator = make(CausalWanModel, "reference")
+    objective = ODERegression(generator, SCHEDULE, [1000, 500], frames_per_block=2, first_frame_given=True)
+    seen = []
+    generator.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    _, log = objective.loss(trajectory, context, ReplayNoise([torch.zeros(2, 4, dtype=torch.int64)]))
+    assert torch.equal(log["timestep"], torch.tensor([[0.0, 1000, 1000, 1000]] * 2))
+    assert torch.equal(seen[0], torch.cat((latents[:, :1], trajectory[:, 0, 1:]), dim=1))
+
+
+def test_ode_regression_refuses_another_number_of_states():
+    latents, context, _ = inputs()
+    objective = ODERegression(make(CausalWanModel, "reference"), SCHEDULE, [1000, 500], frames_per_block=2)
+    with pytest.raises(ValueError, match=r"trajectory has shape \[2, 2, 4, 2, 4, 4\], but must be \[B, 3, F"):
+        objective.loss(torch.stack((latents, latents), dim=1), context, TorchNoise(0))
 
 
 def test_score_timesteps_follow_the_rollout():

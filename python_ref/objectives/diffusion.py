@@ -6,15 +6,15 @@ Source: flow matching (arXiv 2210.02747); diffusion forcing (arXiv 2407.01392); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from python_ref.models.wan import CausalWanModel, EncodedContext, WanModel
 from python_ref.noise import NoiseSource
+from python_ref.objectives.blockwise import Blockwise, per_block
 from python_ref.schedule import FlowMatchSchedule
-from selfforcing_ext.mask import BlockCausalMask
 
 
 def flow_matching_loss(
@@ -63,7 +63,7 @@ class TeacherFlowMatching:
 
 
 @dataclass
-class CausalDiffusion:
+class CausalDiffusion(Blockwise):
     """The losses of a block-causal model: diffusion forcing, where the past is noisy too, and teacher forcing, where
     it is clean. Every block has its own noise level.
 
@@ -89,7 +89,6 @@ class CausalDiffusion:
     clean_noise_steps: int = 0
     published_clean_noise: bool = False
     weighted: bool = True
-    _masks: dict[tuple[int, int], BlockCausalMask] = field(default_factory=dict, init=False, repr=False)
 
     def loss(
         self,
@@ -102,42 +101,22 @@ class CausalDiffusion:
         Draws the noise, then one table index per frame, of which each block takes that of its first frame, then, if
         the clean past is noised (by the same noise), as many again.
         """
-        mask = self._mask(clean)
+        mask = self._mask(self.model.config, clean)
+        timesteps = self.schedule.timesteps.to(clean.device)
         noise = source.randn(clean.shape, clean.dtype, clean.device)
-        t = self._timesteps(mask, source.randint(0, self.schedule.num_steps, clean.shape[:2], clean.device))
+        t = timesteps[per_block(mask, source.randint(0, self.schedule.num_steps, clean.shape[:2], clean.device))]
         sigma = self.schedule.sigma_at(t)
         noisy = self.model.ops.add_noise(clean, noise, sigma)
         clean_x = clean if self.teacher_forcing else None
         clean_t = None
         if self.teacher_forcing and self.clean_noise_steps:
             index = source.randint(0, self.clean_noise_steps, clean.shape[:2], clean.device)
-            clean_t = self._timesteps(
-                mask, index if self.published_clean_noise else self.schedule.num_steps - 1 - index
-            )
+            index = index if self.published_clean_noise else self.schedule.num_steps - 1 - index
+            clean_t = timesteps[per_block(mask, index)]
             clean_x = self.model.ops.add_noise(clean, noise, self.schedule.sigma_at(clean_t))
         flow = self.model(noisy, t, context, mask=mask, clean_x=clean_x, clean_t=clean_t)
         loss = flow_matching_loss(flow, clean, noise, self.schedule.training_weight_at(t) if self.weighted else None)
         return loss, {"x0": _x0(self.model, flow, noisy, sigma), "timestep": t}
-
-    def _timesteps(self, mask: BlockCausalMask, index: Tensor) -> Tensor:
-        """float32 [B, F] from table indices [B, F], the same within a block."""
-        firsts = [start for start, end in mask.frame_blocks for _ in range(start, end)]
-        return self.schedule.timesteps.to(index.device)[index[:, firsts]]
-
-    def _mask(self, clean: Tensor) -> BlockCausalMask:
-        """The mask for latents of this shape, kept because its span table is."""
-        frames, rows, columns = self.model.config.grid(clean.shape)
-        if (frames, rows * columns) not in self._masks:
-            self._masks[frames, rows * columns] = BlockCausalMask(
-                frames,
-                rows * columns,
-                self.frames_per_block,
-                self.window_frames,
-                self.sink_frames,
-                self.first_frame_alone,
-                self.teacher_forcing,
-            )
-        return self._masks[frames, rows * columns]
 
 
 @torch.no_grad()

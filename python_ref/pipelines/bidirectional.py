@@ -5,6 +5,8 @@ Source: classifier-free guidance (arXiv 2207.12598) in the parametrisation that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,33 @@ from python_ref.schedule import FlowMatchSchedule
 
 
 @torch.no_grad()
+def solve_bidirectional(
+    model: WanModel,
+    schedule: FlowMatchSchedule,
+    noise: Tensor,  # [B, F, C, H, W]
+    context: Tensor,  # [B, text_len, text_dim]
+    uncond: Tensor,  # [B, text_len, text_dim]
+    guidance_scale: float,
+) -> Iterator[Tensor]:
+    """The solution of the model's ODE: videos [B, F, C, H, W] at every entry of the schedule, then the clean ones.
+
+    Args:
+        model: the teacher.
+        schedule: its `num_steps` is the number of Euler steps.
+        noise: where the videos start.
+        context, uncond: text embeddings of the captions and of the empty caption.
+        guidance_scale: flow = uncond + guidance_scale (cond - uncond).
+    """
+    encoded = model.encode_context(torch.cat((context, uncond)))
+    x = noise
+    yield x
+    for timestep in schedule.timesteps.to(x.device):
+        t = timestep.expand(x.shape[0])
+        cond, free = model(torch.cat((x, x)), torch.cat((t, t)), encoded).float().chunk(2)
+        x = schedule.step(free + guidance_scale * (cond - free), t, x)
+        yield x
+
+
 def sample_bidirectional(
     model: WanModel,
     schedule: FlowMatchSchedule,
@@ -21,19 +50,8 @@ def sample_bidirectional(
     uncond: Tensor,  # [B, text_len, text_dim]
     guidance_scale: float,
 ) -> Tensor:
-    """Videos [B, F, C, H, W], one Euler step per entry of the schedule.
-
-    Args:
-        model: the teacher.
-        schedule: its `num_steps` is the number of steps.
-        noise: where the videos start.
-        context, uncond: text embeddings of the captions and of the empty caption.
-        guidance_scale: flow = uncond + guidance_scale (cond - uncond).
-    """
-    encoded = model.encode_context(torch.cat((context, uncond)))
+    """Videos [B, F, C, H, W]: where ``solve_bidirectional``, which has the same arguments, ends."""
     x = noise
-    for timestep in schedule.timesteps.to(x.device):
-        t = timestep.expand(x.shape[0])
-        cond, free = model(torch.cat((x, x)), torch.cat((t, t)), encoded).float().chunk(2)
-        x = schedule.step(free + guidance_scale * (cond - free), t, x)
+    for state in solve_bidirectional(model, schedule, noise, context, uncond, guidance_scale):
+        x = state
     return x
