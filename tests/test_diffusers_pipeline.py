@@ -4,6 +4,8 @@ import copy
 import itertools
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import accelerate as accelerate_library
@@ -27,6 +29,7 @@ from selfforcing_ext import BlockCausalMask
 from selfforcing_ext.integrations.diffusers import accelerate
 from selfforcing_ext.integrations.diffusers_pipeline import SelfForcingWanPipeline, StreamingDecoder
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ["a cat runs", "two dogs sleep"]
 HEIGHT, WIDTH, TEXT_LENGTH = 32, 48, 8
 BLOCK = 2  # frames of latents; the VAE makes 4 frames of each, but one of the first
@@ -272,6 +275,10 @@ def test_errors_come_with_the_call():
     for frames, nearest in ((12, "5 or 13"), (14, "13 or 21"), (-3, "5 or 13"), (1, "5 or 13")):
         with pytest.raises(ValueError, match=f"num_frames is {frames}, but must fill blocks of 2 .*: {nearest}"):
             pipeline.stream(PROMPTS, num_frames=frames, **CALL)
+    with pytest.raises(ValueError, match=r"output_type is 'gif', but must be one of \('np', 'pt', 'pil', 'latent'\)"):
+        pipeline.stream(PROMPTS, output_type="gif", **CALL)
+    with pytest.raises(ValueError, match="generator is a list of 1, but must have one for each of 2 videos"):
+        pipeline.stream(PROMPTS, generator=[seeded()], **CALL)
     pipeline.vae.enable_tiling()
     with pytest.raises(ValueError, match="vae decodes in tiles"):
         pipeline.stream(PROMPTS, **CALL)
@@ -300,8 +307,23 @@ def test_transformers_that_need_an_image_are_refused():
         SelfForcingWanPipeline(**components | {"transformer": transformer})
 
 
+def test_diffusers_is_needed_by_the_pipeline_alone():
+    code = """
+import sys
+sys.modules["diffusers"] = None  # as if it were not installed
+import selfforcing_ext.integrations.diffusers
+try:
+    import selfforcing_ext.integrations.diffusers_pipeline
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "diffusers_pipeline needs diffusers and transformers" in result.stdout
+    assert "pip install diffusers transformers" in result.stdout
+
+
 def test_example(tmp_path, monkeypatch, capsys):
-    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "diffusers_streaming.py"))
+    example = runpy.run_path(str(ROOT / "examples" / "diffusers_streaming.py"))
     example["tiny_pipeline"]().save_pretrained(tmp_path / "model")
     for model in ([], ["--model", str(tmp_path / "model")]):
         output = tmp_path / "video.gif"

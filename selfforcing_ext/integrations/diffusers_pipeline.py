@@ -37,6 +37,7 @@ from selfforcing_ext.denoise import denoise_step
 from selfforcing_ext.integrations.diffusers import accelerate, forward_with_cache, is_accelerated, make_kv_cache
 from selfforcing_ext.mask import check_window
 
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 Generator = torch.Generator | list[torch.Generator]
 
 
@@ -170,7 +171,8 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             max_sequence_length: tokens that prompts are padded or cut to.
 
         Raises:
-            ValueError: sizes that do not fit, prompts missing or given twice, or a VAE that decodes in tiles.
+            ValueError: sizes or numbers that do not fit, prompts missing or given twice, an unknown output type, or a
+                VAE that decodes in tiles.
         """
         if (prompt is None) == (prompt_embeds is None):
             given = "neither is" if prompt is None else "both are"
@@ -180,8 +182,10 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             multiple = self.vae_scale_factor_spatial * patch
             if pixels < 1 or pixels % multiple:
                 raise ValueError(f"{name} is {pixels}, but must be a positive multiple of {multiple}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}, but must be one of {OUTPUT_TYPES}")
         latent_frames = None if num_frames is None else self._latent_frames(num_frames)
-        decoder = StreamingDecoder(self.vae)
+        decoder = None if output_type == "latent" else StreamingDecoder(self.vae)
         prompt_embeds, _ = self.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
@@ -189,8 +193,13 @@ class SelfForcingWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             max_sequence_length=max_sequence_length,
         )
         self.maybe_free_model_hooks()  # the text encoder is not needed any more
+        batch_size = prompt_embeds.shape[0]
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but must have one for each of {batch_size} videos"
+            )
         latents = self._generate(prompt_embeds, height, width, latent_frames, generator)
-        if output_type == "latent":
+        if decoder is None:
             return latents
         return (self.video_processor.postprocess_video(decoder(x0), output_type=output_type) for x0 in latents)
 
