@@ -134,6 +134,62 @@ def test_vision_transformer():
     assert_same_training(mine, eager, lambda model: result(model, pixels))
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+BART = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+
+
+def other(name: str, **settings) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**settings)
+    return transformers.AutoModel.from_config(config, attn_implementation="selfforcing")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4} | SPECIAL_TOKENS),
+        ("Mistral", DECODER | {"sliding_window": 5}),
+        ("Gemma3Text", DECODER | {"sliding_window": 5, "head_dim": 16}),  # windows in some layers
+        ("ModernBert", {"vocab_size": VOCABULARY, "local_attention": 8} | SMALL | SPECIAL_TOKENS),  # windows both ways
+        ("Bart", {"vocab_size": VOCABULARY} | BART),  # an encoder, a decoder, and attention between them
+        ("CLIPVision", {"image_size": 32, "patch_size": 8} | SMALL),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_architectures(name, settings):
+    mine, eager = pair(lambda implementation: other(name, **settings))
+    arguments = {"pixel_values": torch.randn(2, 3, 32, 32)} if name == "CLIPVision" else {"input_ids": tokens(2, 20)}
+    if name == "Bart":
+        arguments["decoder_input_ids"] = tokens(2, 13)
+    with torch.no_grad():
+        assert_close(result(mine, **arguments), result(eager, **arguments), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [
+        ("Gemma2", DECODER | {"head_dim": 16}, "softcap"),
+        ("GptOss", DECODER | {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+        ("T5", {"vocab_size": VOCABULARY} | T5, "position_bias"),
+    ],
+    ids=["Gemma2", "GptOss", "T5"],
+)
+def test_architectures_that_ask_for_more(name, settings, what):
+    model = other(name, **settings).eval()
+    arguments = {"decoder_input_ids": tokens(1, 13)} if name == "T5" else {}
+    with pytest.raises(ValueError, match=f"this model's attention uses {what}, which spans do not have; use attn_impl"):
+        model(tokens(1, 20), **arguments)
+
+
 def test_low_precision_is_as_good_as_sdpa():
     exact = bert("eager").eval()
     mine, sdpa = (copy.deepcopy(exact).to(torch.bfloat16) for _ in range(2))
@@ -275,7 +331,7 @@ def test_flex_attention_masks():
 @torch.no_grad()
 def test_compiled():
     torch._dynamo.reset()
-    model = llama("selfforcing")
+    model = llama("selfforcing", num_hidden_layers=1)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda ids: result(model, ids), backend=counter, fullgraph=True)
     ids = tokens(2, 24)
@@ -291,7 +347,7 @@ def test_compiled():
 def test_compiled_training_breaks_where_the_mask_is_read():
     """Without a cache, transformers asks position ids for packed sequences: values that no graph can know."""
     torch._dynamo.reset()
-    model = llama("selfforcing")
+    model = llama("selfforcing", num_hidden_layers=1)
     ids = tokens(2, 24)
     counter = CompileCounterWithBackend("aot_eager")
     out = torch.compile(lambda ids: result(model, ids, use_cache=False), backend=counter)(ids)
@@ -342,9 +398,6 @@ def test_what_spans_cannot_do_is_refused():
     with pytest.raises(TypeError, match=r"attention_mask is a Tensor made by the caller .* inside block_causal"):
         model(ids, attention_mask=torch.zeros(2, 1, 12, 12))
     query = torch.randn(1, 2, 9, 8)
-    for name in ("softcap", "s_aux", "position_bias"):
-        with pytest.raises(ValueError, match=f"this model's attention uses {name}, which spans do not have"):
-            attention_forward(model, query, query, query, None, **{name: 1.0})
     with pytest.raises(ValueError, match="output_attentions is True, but there are no attention weights"):
         attention_forward(model, query, query, query, None, output_attentions=True)
 
@@ -376,6 +429,14 @@ def test_block_causal_says_what_it_needs():
     bart = transformers.AutoModel.from_config(encoder_decoder, attn_implementation="selfforcing").eval()
     with block_causal(mask), pytest.raises(ValueError, match="an encoder with a decoder"):
         bart(tokens(1, 30))
+
+
+def test_the_package_does_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None\nimport selfforcing_ext.integrations.flex_attention"
+    code += "\nfor name in selfforcing_ext.__all__: getattr(selfforcing_ext, name)"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_example():

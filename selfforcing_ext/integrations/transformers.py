@@ -69,8 +69,9 @@ class _Active:
     A plain attribute and not a context variable, so that torch.compile can read it and sees when it changes.
     """
 
-    mask: BlockCausalMask | None = None
-    used: bool = False
+    def __init__(self) -> None:
+        self.mask: BlockCausalMask | None = None
+        self.used = False
 
 
 _active = _Active()
@@ -82,7 +83,8 @@ def block_causal(mask: BlockCausalMask) -> Iterator[None]:
 
     The first forward pass takes the whole sequence of ``mask.seqlen`` tokens at once. Passes after it, with a cache,
     stand behind the mask's end and go by the model's own mask: ``generate`` prefills block by block and goes on token
-    by token. Layers with activation checkpointing may be recomputed outside.
+    by token. Layers with activation checkpointing may be recomputed outside; a model that is checkpointed as a whole
+    must run its backward pass inside as well.
 
     Raises:
         TypeError: mask is not a BlockCausalMask.
