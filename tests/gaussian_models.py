@@ -61,7 +61,9 @@ class AffineStudent(nn.Module):
         self.gain = nn.Parameter(torch.ones(len(timesteps)))
         self.offset = nn.Parameter(torch.zeros(len(timesteps)))
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: BlockCausalMask) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, context: Tensor, mask: BlockCausalMask, clean_x: Tensor | None = None
+    ) -> Tensor:
         step = (self.timesteps - t[..., None]).abs().argmin(-1)
         gain, offset, sigma = (
             value[:, :, None, None, None] for value in (self.gain[step], self.offset[step], SCHEDULE.sigma_at(t))

@@ -15,6 +15,7 @@ from golden_files import (
 )
 
 from python_ref.models.wan import CausalWanModel, WanModel
+from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.diffusion import CausalDiffusion
 from python_ref.objectives.dmd import DMD
 from python_ref.objectives.ode_regression import ODERegression
@@ -236,6 +237,40 @@ def test_wide_ode_regression(name, backend):
     assert_near(log["x0"], tensors["output"], name="x0")
     assert_near(loss, tensors["loss"], name="loss")
     assert_gradients_near(generator, tensors, "grad.gen.")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(parameters("wide/f_causvid")["cases"]))
+def test_causvid(name, backend):
+    entry, shared = parameters("wide/f_causvid")["cases"][name], case("wide/f_causvid", name.partition(".")[0])
+    tensors, options = case("wide/f_causvid", name), entry["args"]
+    schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
+    models = generator, _, fake = wide_models(backend)
+    objective = CausVid(
+        *models,
+        schedule,
+        score_schedule=FlowMatchSchedule(SCORE_SHIFT),
+        guidance_scale=options["guidance_scale"],
+        timestep_shift=options["timestep_shift"],
+        denoising_steps=denoising_steps(options, schedule),
+        frames_per_block=options["num_frame_per_block"],
+        first_frame_alone=options["independent_first_frame"],
+        teacher_forcing=options.get("teacher_forcing", False),
+    )
+    source, clean = replay(tensors), shared["clean_latent"]
+    states = objective.noise_data(clean, source)
+    video = objective.generate(states, shared["cond"], source, clean if objective.teacher_forcing else None)
+    assert_near(video, tensors["pred"], name="video")
+    if name.endswith("gen"):
+        loss, log = objective.distribution_matching_loss(video, shared["cond"], shared["uncond"], source=source)
+    else:
+        loss, log = objective.critic_loss(video, shared["cond"], source=source)
+    loss.backward()
+    assert source.consumed == len(source.draws)
+    assert_near(loss, tensors["loss"], name="loss")
+    assert_near(log["timestep"].expand(clean.shape[:2]), tensors["score_timestep"], name="timestep")
+    trained, prefix = (generator, "grad.gen.") if name.endswith("gen") else (fake, "grad.fake.")
+    assert_gradients_near(trained, tensors, prefix)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

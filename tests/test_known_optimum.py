@@ -6,6 +6,7 @@ from gaussian_models import SCHEDULE, SHAPE, AffineStudent, Gaussian, GaussianSc
 from torch import nn
 
 from python_ref.noise import TorchNoise
+from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.dmd import DMD
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
@@ -84,3 +85,29 @@ def test_ode_regression_reaches_the_known_map():
         wanted = DEVIATION / gain.mean()
         assert abs(student.gain[step] - wanted) < 1e-2
         assert abs(student.offset[step] - (MEAN - wanted * offset.mean())) < 1e-2
+
+
+def test_causvid_reaches_the_data_from_noised_data():
+    """Of the maps from noised data to data, the affine one with a positive gain."""
+    timesteps, source, steps = torch.tensor([500.0]), TorchNoise(0), 250
+    teacher = GaussianScore(MEAN, DEVIATION).requires_grad_(False)
+    student, critic = AffineStudent(timesteps), GaussianScore(*START)
+    objective = CausVid(
+        student,
+        teacher,
+        critic,
+        SCHEDULE,
+        guidance_scale=0.0,
+        timestep_shift=1.0,
+        denoising_steps=timesteps,
+        frames_per_block=1,
+    )
+    learner, critic_learner = Descent(student, 0.02, steps), Descent(critic, 0.05, steps)
+    for _ in range(steps):
+        data = MEAN + DEVIATION * draw(source)
+        video = objective.generate(objective.noise_data(data, source), TEXT, source)
+        learner.step(objective.distribution_matching_loss(video, TEXT, TEXT, source=source)[0])
+        critic_learner.step(objective.critic_loss(video, TEXT, source=source)[0])
+    gain, offset = (value.mean() for value in teacher.at_noise_level(0.5))
+    assert abs(student.gain - DEVIATION / gain) < 0.05
+    assert abs(student.offset - (MEAN - DEVIATION / gain * offset)) < 0.05

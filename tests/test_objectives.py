@@ -7,11 +7,13 @@ from golden_files import BACKENDS
 
 from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.noise import ReplayNoise, TorchNoise
+from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.diffusion import CausalDiffusion, TeacherFlowMatching
 from python_ref.objectives.dmd import DMD
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.schedule import FlowMatchSchedule
+from selfforcing_ext.mask import BlockCausalMask
 
 CONFIG = WanConfig(
     dim=16, num_heads=2, num_layers=1, ffn_dim=24, freq_dim=8, text_dim=6, text_len=3, in_dim=2, out_dim=2
@@ -126,6 +128,45 @@ def test_sid_is_its_definition(backend):
     expected.backward()
     torch.testing.assert_close(loss, expected.double(), rtol=1e-5, atol=1e-6)
     assert relative_error(latents.grad, x.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causvid_simulates_what_it_denoises_at_inference(backend):
+    """States of the few-step sampling under the mask; the last of them is where the video comes from."""
+    generator = make(CausalWanModel, backend)
+    noise, context, _ = inputs()
+    steps = [1000.0, 600.0, 0.0]
+    objective = CausVid(generator, generator, generator, SCHEDULE, denoising_steps=steps, frames_per_block=2)
+    states = objective.simulate(noise, context, TorchNoise(0))
+
+    source, x_t, expected = TorchNoise(0), noise, [noise]
+    mask = BlockCausalMask(4, 4, 2)
+    for t, t_next in ((1000.0, 600.0), (600.0, 0.0)):
+        times = torch.full((2, 4), t)
+        x0 = SCHEDULE.flow_to_x0(generator(x_t, times, context, mask=mask), x_t, times)
+        fresh = source.randn(noise.shape, noise.dtype, noise.device)
+        x_t = SCHEDULE.add_noise(x0, fresh, torch.full((2, 4), t_next)) if t_next else x0
+        expected.append(x_t)
+    torch.testing.assert_close(states, torch.stack(expected, dim=1).detach(), rtol=1e-4, atol=1e-5)
+    assert not states.requires_grad
+
+    index = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1]])  # of a block the first counts
+    video = objective.generate(states, context, ReplayNoise([index]))
+    x_t = torch.stack(
+        [torch.cat((states[0, 0, :2], states[0, 1, 2:])), torch.cat((states[1, 2, :2], states[1, 0, 2:]))]
+    )
+    times = torch.tensor([[1000.0, 1000, 600, 600], [0, 0, 1000, 1000]])
+    wanted = SCHEDULE.flow_to_x0(generator(x_t, times, context, mask=mask), x_t, times)
+    torch.testing.assert_close(video, wanted, rtol=1e-4, atol=1e-5)
+    assert video.requires_grad
+
+
+def test_causvid_does_not_simulate_with_clean_data_in_sight():
+    models = make(CausalWanModel, "reference"), make(WanModel, "reference"), make(WanModel, "reference")
+    objective = CausVid(*models, SCHEDULE, denoising_steps=[1000, 500], teacher_forcing=True)
+    noise, context, _ = inputs()
+    with pytest.raises(ValueError, match="teacher_forcing is True, but must be False to simulate"):
+        objective.simulate(noise, context, TorchNoise(0))
 
 
 def test_ode_regression_on_clean_frames_alone_is_no_loss():
