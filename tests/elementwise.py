@@ -60,6 +60,38 @@ def assert_parity(
         assert_as_accurate(value, expected[name], exact[name], name)
 
 
+def assert_whole_is_its_parts(
+    op: Callable[..., Tensor], batched: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None
+) -> None:
+    """A call gives what calls for each element of the batch give, but for the last bit and the order of sums.
+
+    For results that kernels store past the caches, which small ones are not.
+    """
+    shared = shared or {}
+
+    def outcome(batched: Mapping[str, Tensor], grad: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in {**batched, **shared}.items()}
+        output = op(**leaves)
+        return output.detach(), *torch.autograd.grad(output, list(leaves.values()), grad(output))
+
+    grads: list[Tensor] = []
+
+    def drawn(output: Tensor) -> Tensor:
+        grads.append(torch.randn_like(output))
+        return grads[0]
+
+    output, *gradients = outcome(batched, drawn)
+    parts = [
+        outcome({name: tensor[i : i + 1] for name, tensor in batched.items()}, lambda _, i=i: grads[0][i : i + 1])
+        for i in range(output.shape[0])
+    ]
+    outputs, *part_gradients = zip(*parts, strict=True)
+    tolerance = 1e-6 if output.dtype == torch.float32 else 1e-4  # one vector not written would be an error of 1e-3
+    assert_close(output, torch.cat(outputs), tolerance)
+    for name, whole, part in zip([*batched, *shared], gradients, part_gradients, strict=True):
+        assert_close(whole, sum(part) if name in shared else torch.cat(part), tolerance, f"gradient of {name}")
+
+
 def assert_as_accurate(actual: Tensor, expected: Tensor, exact: Tensor, name: str = "result") -> None:
     """As ``compare.assert_as_accurate``, plus a few float32 roundings: over small tensors they do not average out."""
     roundings = 2 * torch.finfo(torch.float32).eps

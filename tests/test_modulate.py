@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_same_bits
-from elementwise import DEVICES, DTYPES, NAMES, assert_parity, num_threads, padded
+from elementwise import DEVICES, DTYPES, NAMES, assert_parity, assert_whole_is_its_parts, num_threads, padded
 
 from python_ref.ops import modulate as definition
 from selfforcing_ext import gated_residual, modulated_layer_norm
@@ -32,8 +32,10 @@ CASES = [
     Case(2, 2, 50, 4, mean=-3.0),
     Case(16, 3, 16, 96),
     Case(1, 2, 300, 256, mean=1.0),  # enough for several threads and several ranges of a frame
+    Case(2, 2, 9, 1100),  # rows that are taken one by one
     Case(0, 2, 2, 16),
 ]
+LARGE = Case(4, 1, 1050, 1024)
 LAYOUTS = {"contiguous": None, "strided": padded}
 
 
@@ -76,6 +78,14 @@ def test_gated_residual_parity(case, dtype, modulation_dtype, layout, device):
         LAYOUTS[layout],
         device,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_large_results(dtype):
+    x, y = features(LARGE, dtype), features(LARGE, dtype)
+    shift, scale = modulation(LARGE).float(), modulation(LARGE).float()
+    assert_whole_is_its_parts(modulated_layer_norm, {"x": x, "shift": shift, "scale": scale})
+    assert_whole_is_its_parts(gated_residual, {"x": x, "y": y, "gate": scale})
 
 
 def test_chunks_of_one_modulation_need_no_copy():

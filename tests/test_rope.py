@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_same_bits
-from elementwise import DEVICES, DTYPES, NAMES, assert_parity, num_threads, padded
+from elementwise import DEVICES, DTYPES, NAMES, assert_parity, assert_whole_is_its_parts, num_threads, padded
 
 from python_ref.ops import rope as definition
 from selfforcing_ext import qk_norm_rope, rope_3d
@@ -36,6 +36,7 @@ CASES = [
     Case(0, (2, 2, 2), 2, 16),
 ]
 ODD_HEAD_DIMS = [Case(2, (2, 3, 4), 3, 2, start_frame=5), Case(1, (3, 3, 3), 2, 6), Case(2, (2, 3, 2), 1, 34)]
+LARGE = Case(4, (5, 14, 15), 8, 128, start_frame=3)
 LAYOUTS = {"contiguous": None, "strided": padded}
 
 
@@ -76,6 +77,16 @@ def test_qk_norm_rope_parity(case, dtype, weight_dtype, layout, device):
         {"x": dtype, "weight": weight_dtype or dtype},
         (lambda x: padded(x) if x.ndim == 3 else x) if layout == "strided" else None,
         device,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_large_results(dtype):
+    x, weight = features(LARGE, dtype), torch.randn(LARGE.heads * LARGE.head_dim)
+    position = LARGE.grid, LARGE.start_frame
+    assert_whole_is_its_parts(lambda x: rope_3d(x, *position), {"x": heads(LARGE, dtype)})
+    assert_whole_is_its_parts(
+        lambda x, weight: qk_norm_rope(x, weight, LARGE.heads, *position), {"x": x}, {"weight": weight}
     )
 
 
