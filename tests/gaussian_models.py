@@ -69,3 +69,17 @@ class AffineStudent(nn.Module):
             value[:, :, None, None, None] for value in (self.gain[step], self.offset[step], SCHEDULE.sigma_at(t))
         )
         return (x_t - (gain * x_t + offset)) / sigma
+
+
+class QuadraticDiscriminator(nn.Module):
+    """A logit that is quadratic in every element, as the log ratio of two Gaussians is, with coefficients quadratic in
+    the noise level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.zeros(3, 2, *SHAPE))  # [power of sigma, power of x - 1, ...]
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        powers = SCHEDULE.sigma_at(t)[:, None] ** torch.arange(3)
+        at_level = torch.einsum("bp,pq...->bq...", powers, self.coefficients)
+        return (at_level[:, 0] * x_t + at_level[:, 1] * x_t.square()).flatten(1).sum(1, keepdim=True)

@@ -77,13 +77,15 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float = FLOAT32_TOLERA
     assert_close(got if got.shape == expected.shape else got[::ROW_STRIDE], expected, tolerance, name)
 
 
-def assert_gradients_near(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+def assert_gradients_near(
+    module: nn.Module, tensors: dict[str, Tensor], prefix: str, tolerance: float = FLOAT32_TOLERANCE
+) -> None:
     """Every gradient recorded as ``prefix`` + parameter name."""
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     recorded = [key for key in tensors if key.startswith(prefix)]
     assert recorded
     for key in recorded:
-        assert_near(gradients[key[len(prefix) :]], tensors[key], name=key)
+        assert_near(gradients[key[len(prefix) :]], tensors[key], tolerance, key)
 
 
 def dtype_of(backend: str) -> torch.dtype:

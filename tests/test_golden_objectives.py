@@ -14,10 +14,12 @@ from golden_files import (
     wide_model,
 )
 
-from python_ref.models.wan import CausalWanModel, WanModel
+from python_ref.models.discriminator import Discriminator
+from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.diffusion import CausalDiffusion
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.gan import GAN
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.pipelines.training import SelfForcingTrainingPipeline
@@ -30,6 +32,9 @@ WIDE_MATCHING_LOSSES = [
     for case in sorted(parameters(name)["cases"])
 ]
 DIFFUSION_LOSSES = ["loss_diffusion_forcing", "loss_teacher_forcing", "loss_teacher_forcing_noise_aug"]
+# The penalties are squared differences of two logits that agree to three digits or so, which float32 then lacks. The
+# published numbers are as far from float64 as this.
+DIFFERENCE_TOLERANCE = 2e-3
 SCORE_SHIFT = 8.0  # the shift that the published score wrappers always use
 
 
@@ -271,6 +276,72 @@ def test_causvid(name, backend):
     assert_near(log["timestep"].expand(clean.shape[:2]), tensors["score_timestep"], name="timestep")
     trained, prefix = (generator, "grad.gen.") if name.endswith("gen") else (fake, "grad.fake.")
     assert_gradients_near(trained, tensors, prefix)
+
+
+def load_discriminator(name, sees_time, backend):
+    entry = parameters(f"wide/models/{name}")
+    model = WanModel(WanConfig(**entry["config"]), backend=backend)
+    discriminator = Discriminator(model, ffn_dim=entry["gan_ffn"], sees_time=sees_time)
+    weights = load(f"wide/models/{name}")
+    discriminator.load_state_dict({key: weight.float() for key, weight in weights.items()}, strict=True)
+    return discriminator
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["plain", "relativistic_time"])
+def test_gan(name, backend):
+    """Both losses on the videos of recorded rollouts; the generator's gradient down to its weights."""
+    entry, tensors = parameters(f"wide/f_gan/{name}"), load(f"wide/f_gan/{name}")
+    options = entry["args"]
+    schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
+    generator = wide_model(CausalWanModel, "ef_gen", backend)
+    discriminator = load_discriminator(f"f_gan_{name}", options.get("concat_time_embeddings", False), backend)
+    objective = GAN(
+        generator,
+        discriminator,
+        schedule,
+        generator_weight=options["gan_g_weight"],
+        discriminator_weight=options["gan_d_weight"],
+        relativistic=options.get("relativistic_discriminator", False),
+        **{name: options[name] for name in ("r1_weight", "r1_sigma", "r2_weight", "r2_sigma")},
+        timestep_shift=options.get("critic_timestep_shift", options["timestep_shift"]),
+    )
+    pipeline = SelfForcingTrainingPipeline(
+        generator,
+        schedule,
+        denoising_steps(options, schedule),
+        frames_per_block=options["num_frame_per_block"],
+    )
+    logits = []
+    discriminator.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
+    for part in ("gen", "critic"):
+        recorded = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(part)}
+        source = replay(recorded)
+        _, noise, *source.draws = source.draws  # the number of blocks and the noise are drawn before the rollout
+        with torch.set_grad_enabled(part == "gen"):
+            rollout = pipeline.rollout(noise, tensors["cond"], source)
+        assert_near(rollout.video, recorded["generated"])
+        levels = rollout.timestep_from, rollout.timestep_to
+        if part == "gen":
+            loss, log = objective.distribution_matching_loss(
+                rollout.video, tensors["cond"], tensors["clean_latent"], *levels, source=source
+            )
+            loss.backward()
+            assert_gradients_near(generator, recorded, "grad_detached.gen.")
+            assert all(weight.grad is None for weight in discriminator.parameters())
+        else:
+            loss, log = objective.critic_loss(
+                rollout.video, tensors["cond"], tensors["real_image_or_video"], *levels, source=source
+            )
+            loss.backward()
+            for penalty in ("r1", "r2"):
+                assert_near(log[penalty], recorded[penalty], DIFFERENCE_TOLERANCE, penalty)
+            assert_gradients_near(discriminator, recorded, "grad.fake.", DIFFERENCE_TOLERANCE)
+        assert source.consumed == len(source.draws)
+        assert_near(loss, recorded["loss"], name="loss")
+        for call, logit in enumerate(logits):
+            assert_near(logit, recorded[f"score_call{call}.logit"], name=f"logits of call {call}")
+        logits.clear()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from gaussian_models import SCHEDULE, SHAPE, AffineStudent, Gaussian, GaussianScore
+from gaussian_models import SCHEDULE, SHAPE, AffineStudent, Gaussian, GaussianScore, QuadraticDiscriminator
 from torch import nn
 
 from python_ref.noise import TorchNoise
 from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.gan import GAN
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.pipelines.bidirectional import solve_bidirectional
@@ -21,8 +22,8 @@ TEXT = torch.zeros(128, 1, 1)  # the models do not read it
 class Descent:
     """Adam with a rate that falls to 0."""
 
-    def __init__(self, module: nn.Module, rate: float, steps: int) -> None:
-        self.optimizer = torch.optim.Adam(module.parameters(), rate, betas=(0.5, 0.99))
+    def __init__(self, module: nn.Module, rate: float, steps: int, betas: tuple[float, float] = (0.5, 0.99)) -> None:
+        self.optimizer = torch.optim.Adam(module.parameters(), rate, betas)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def step(self, loss: torch.Tensor) -> None:
@@ -111,3 +112,27 @@ def test_causvid_reaches_the_data_from_noised_data():
     gain, offset = (value.mean() for value in teacher.at_noise_level(0.5))
     assert abs(student.gain - DEVIATION / gain) < 0.05
     assert abs(student.offset - (MEAN - DEVIATION / gain * offset)) < 0.05
+
+
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_gan_reaches_the_data(relativistic):
+    """The penalties damp the game of generator and discriminator, which would otherwise go round in circles."""
+    generator, discriminator = Gaussian(*START), QuadraticDiscriminator()
+    objective = GAN(
+        generator,
+        discriminator,
+        SCHEDULE,
+        relativistic=relativistic,
+        r1_weight=0.2,
+        r2_weight=0.2,
+        timestep_shift=1.0,
+    )
+    source, steps = TorchNoise(0), 300
+    learner = Descent(generator, 0.03, steps, betas=(0.0, 0.9))
+    critic_learner = Descent(discriminator, 0.1, steps, betas=(0.0, 0.9))
+    for _ in range(steps):
+        video, data = generator.sample(draw(source)), MEAN + DEVIATION * draw(source)
+        critic_learner.step(objective.critic_loss(video, TEXT, data, source=source)[0])
+        learner.step(objective.distribution_matching_loss(video, TEXT, data, source=source)[0])
+    assert (generator.mean - MEAN).abs().max() < 0.05
+    assert (generator.deviation - DEVIATION).abs().max() < 0.05

@@ -5,11 +5,13 @@ import torch
 from compare import relative_error
 from golden_files import BACKENDS
 
+from python_ref.models.discriminator import Discriminator
 from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.noise import ReplayNoise, TorchNoise
 from python_ref.objectives.causvid import CausVid
 from python_ref.objectives.diffusion import CausalDiffusion, TeacherFlowMatching
 from python_ref.objectives.dmd import DMD
+from python_ref.objectives.gan import GAN
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
 from python_ref.schedule import FlowMatchSchedule
@@ -197,6 +199,76 @@ def test_ode_regression_refuses_another_number_of_states():
     objective = ODERegression(make(CausalWanModel, "reference"), SCHEDULE, [1000, 500], frames_per_block=2)
     with pytest.raises(ValueError, match=r"trajectory has shape \[2, 2, 4, 2, 4, 4\], but must be \[B, 3, F"):
         objective.loss(torch.stack((latents, latents), dim=1), context, TorchNoise(0))
+
+
+class LinearDiscriminator(torch.nn.Module):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = torch.nn.Parameter(slope)
+
+    def forward(self, x_t, t, context):
+        return (x_t * self.slope).flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_gan_losses_are_their_definitions(relativistic):
+    """With a linear discriminator: logits are products, and the mean penalty is its squared slope at any step."""
+    fake, context, _ = inputs()
+    fake, real = fake.requires_grad_(), torch.randn_like(fake)
+    discriminator = LinearDiscriminator(0.1 * torch.randn(fake.shape[1:]))
+    objective = GAN(
+        make(CausalWanModel, "reference"), discriminator, SCHEDULE, 0.5, 0.25, relativistic, r1_weight=2.0, r1_sigma=0.3
+    )
+    noises, index = torch.randn(3, *fake.shape), torch.tensor([[300], [600]])
+    t = objective.score_timestep(index)
+
+    def logits(latents, noise):
+        return discriminator(SCHEDULE.add_noise(latents, noise, t), t, context)
+
+    loss, log = objective.distribution_matching_loss(
+        fake, context, real, source=ReplayNoise([index, noises[0], noises[1]])
+    )
+    loss.backward()
+    fake_logit, real_logit = logits(fake, noises[0]), logits(real, noises[1])
+    margin = fake_logit - real_logit if relativistic else fake_logit
+    torch.testing.assert_close(loss, -0.5 * margin.sigmoid().log().mean())
+    torch.testing.assert_close(log["real_logit"], real_logit.mean().detach())
+    assert discriminator.slope.grad is None
+    assert (fake.grad * discriminator.slope).flatten(1).sum(1).max() < 0  # downhill, the logit rises
+
+    loss, log = objective.critic_loss(fake, context, real, source=ReplayNoise([index, noises[0], noises[2]]))
+    fake_logit, real_logit = logits(fake.detach(), noises[0]), logits(real, noises[0])
+    if relativistic:
+        expected = -(real_logit - fake_logit).sigmoid().log().mean()
+    else:
+        expected = -real_logit.sigmoid().log().mean() - (1 - fake_logit.sigmoid()).log().mean()
+    penalty = 2.0 * (noises[2] * discriminator.slope).flatten(1).sum(1).square().mean()
+    torch.testing.assert_close(loss, 0.25 * expected + penalty)
+    torch.testing.assert_close(log["r1"], penalty.detach())
+    assert "r2" not in log
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_discriminator_learns_to_tell_videos_apart(backend):
+    """Down to the model that it stands on."""
+    context = inputs()[1]
+    real, fake = (mean + torch.randn(2, 4, 2, 4, 4) for mean in (0.5, -0.5))
+    discriminator = Discriminator(make(WanModel, backend), layers=[0, 0], num_classes=2, sees_time=True)
+    objective = GAN(make(CausalWanModel, backend), discriminator, SCHEDULE, r1_weight=0.01, r2_weight=0.01)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
+    for _ in range(20):
+        loss, log = objective.critic_loss(fake, context, real, source=TorchNoise(0))
+        optimizer.zero_grad()
+        loss.backward()
+        assert discriminator.model.patch_embedding.weight.grad.any()
+        optimizer.step()
+    assert log["real_logit"] > log["fake_logit"] + 1
+
+
+@pytest.mark.parametrize("layers", [(), (0, 1), (-1,)])
+def test_discriminator_refuses_layers_that_are_not_there(layers):
+    with pytest.raises(ValueError, match=r"layers is \[.*\], but must name some of the model's 0 to 0"):
+        Discriminator(make(WanModel, "reference"), layers)
 
 
 def test_score_timesteps_follow_the_rollout():
