@@ -12,6 +12,7 @@ Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pa
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -28,9 +29,9 @@ UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room f
 
 # Caches by handle, for the ops that a compiled graph calls. They take the handle as a tensor on the CPU: its value does
 # not tie a graph to one cache, and CUDA graphs leave out a graph with such an input, as they must (these ops run on the
-# host).
+# host). They start anywhere, so that a program exported by another process finds no cache rather than a wrong one.
 _caches: weakref.WeakValueDictionary[int, PagedKVCache] = weakref.WeakValueDictionary()
-_handles = itertools.count()
+_handles = itertools.count(int.from_bytes(os.urandom(7), "big"))
 
 
 class PagedKVCache:
@@ -491,11 +492,21 @@ def _attend(
     return out
 
 
+def _cache_of(handle: Tensor) -> PagedKVCache:
+    cache = _caches.get(int(handle))
+    if cache is None:
+        raise RuntimeError(
+            "this graph belongs to a cache that is gone or lives in another process: an exported program can be loaded "
+            "elsewhere if it only reads a cache, without gradient"
+        )
+    return cache
+
+
 @torch.library.impl("selfforcing::kv_cache_reserve", "CompositeExplicitAutograd")
 def _reserve_op(
     page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: Tensor, layer: int, num_frames: int
 ) -> None:
-    cache = _caches[int(handle)]
+    cache = _cache_of(handle)
     if cache._take_pages(num_frames, may_grow=False):
         cache._mirror_pages(page_table, write_start)
         cache._mirror_spans(past_spans)
@@ -504,7 +515,7 @@ def _reserve_op(
 
 @torch.library.impl("selfforcing::kv_cache_commit", "CompositeExplicitAutograd")
 def _commit_op(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames: int) -> None:
-    cache = _caches[int(handle)]
+    cache = _cache_of(handle)
     cache._commit(num_frames)
     cache._mirror_spans(past_spans)
     position.fill_(cache.num_frames)
@@ -514,7 +525,7 @@ def _commit_op(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames:
 def _pin_op(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
     # Autograd saves the copied table with the attend that read it, so the pages stay until that attend's backward is
     # done or its graph is gone.
-    cache = _caches[int(handle)]
+    cache = _cache_of(handle)
     pages = [page for stream in range(cache.batch_size) for page in cache._table.pages(stream)]
     pinning_table = page_table.clone()
     cache._table.pin(pages)

@@ -30,16 +30,16 @@ class Masked(nn.Module):
 
 
 class Cached(nn.Module):
-    """The model with a cache that holds the first block."""
+    """The model with a cache that holds the first block; a call reads it, or writes the next block."""
 
-    def __init__(self, x: Tensor, t: Tensor, context: Tensor) -> None:
+    def __init__(self, x: Tensor, t: Tensor, context: Tensor, commit: bool) -> None:
         super().__init__()
-        self.generator = model()
+        self.generator, self.commit = model(), commit
         self.cache = self.generator.make_cache(x.shape, max_frames=8)
         self.generator(x, t, context, cache=self.cache, commit=True)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.generator(x, t, context, cache=self.cache)
+        return self.generator(x, t, context, cache=self.cache, commit=self.commit)
 
 
 def ops_of(program: ExportedProgram) -> set[str]:
@@ -93,16 +93,31 @@ def test_core_aten_program(masked):
         assert_close(decomposed.module()(*inputs()), module(*inputs()), 1e-6)
 
 
-def test_another_process_loads_a_program(masked, tmp_path: Path):
-    """Which needs nothing but the ops."""
+@torch.no_grad()
+def test_another_process_loads_programs(masked, tmp_path: Path):
+    """Which needs nothing but the ops. A program that writes a cache says that the cache is elsewhere."""
     module, program = masked
-    torch.export.save(program, tmp_path / "program.pt2")
-    torch.save((inputs(), module(*inputs()).detach()), tmp_path / "expected.pt")
+    torch.export.save(program, tmp_path / "masked.pt2")
+    torch.save((inputs(), module(*inputs())), tmp_path / "expected.pt")
+    block = inputs(frames=2)
+    writing = Cached(*block, commit=True)
+    program = torch.export.export(writing, block)
+    torch.export.save(program, tmp_path / "writing.pt2")
+    program.module()(*block)
+    assert writing.cache.num_frames == 4
+    torch.save(block, tmp_path / "block.pt")
     code = """
 import torch
 from selfforcing_ext import *
 inputs, expected = torch.load("expected.pt")
-assert torch.equal(torch.export.load("program.pt2").module()(*inputs), expected)
+assert torch.equal(torch.export.load("masked.pt2").module()(*inputs), expected)
+cache = PagedKVCache(2, 2, 16, 6, batch_size=2)  # not the one
+try:
+    torch.export.load("writing.pt2").module()(*torch.load("block.pt"))
+except RuntimeError as error:
+    assert "belongs to a cache that is gone or lives in another process" in str(error)
+else:
+    raise AssertionError("a program has written to a cache of another process")
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
@@ -112,7 +127,7 @@ assert torch.equal(torch.export.load("program.pt2").module()(*inputs), expected)
 def test_model_with_a_cache():
     """A step that reads a cache. A saved program keeps what the cache held."""
     x, t, context = inputs(frames=2)
-    module = Cached(x, t, context)
+    module = Cached(x, t, context, commit=False)
     expected = module(2 * x, t, context)
     program = torch.export.export(module, (x, t, context))
     assert ops_of(program) >= OPS
