@@ -37,6 +37,18 @@ def assert_close(actual: Tensor, exact: Tensor, tolerance: float, name: str = "r
     )
 
 
+def assert_within_terms(actual: Tensor, exact: Tensor, terms: Tensor, tolerance: float, name: str = "result") -> None:
+    """||actual - exact|| is at most ``tolerance`` times ||terms||, the sums of the absolute values of what was summed.
+
+    For sums that may cancel: rounding is in proportion to the terms, not to what is left of them.
+    """
+    error, size = float(_difference(actual, exact).norm()), float(terms.norm())
+    assert error <= tolerance * size, (
+        f"{name}: error {error:.3g} > {tolerance:.3g} x {size:.3g}, the size of its terms; "
+        f"{worst_coordinate(actual, exact)}"
+    )
+
+
 def assert_as_accurate(
     actual: Tensor, baseline: Tensor, exact: Tensor, name: str = "result", sum_rounding: float = SUM_ROUNDING
 ) -> None:
