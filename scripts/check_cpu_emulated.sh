@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$1
-python=$2
+python=$(realpath -s "$2")
 readonly most_multiplications=30000
 readonly tests="attention kv_cache rope denoise modulate"
 
@@ -45,7 +45,7 @@ run_python() {
   local isa=$1 found
   shift
   # The interpreter's path is that of a link: it finds its environment by the name it is called by.
-  found=$(OMP_NUM_THREADS=1 "$@" -0 "$python" "$(readlink -f "$python")" - <<'EOF'
+  found=$(OMP_NUM_THREADS=1 PYTHONPATH=$PWD "$@" -0 "$python" "$(readlink -f "$python")" - <<'EOF'
 import torch
 from selfforcing_ext import _C, block_causal_attention
 

@@ -6,7 +6,7 @@
 # Needs g++, cmake and ninja.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1
+python=$(realpath -s "$1")
 
 # build NAME SANITIZERS ARGUMENT...
 build() {
@@ -25,13 +25,15 @@ build asan address,undefined -DPython_EXECUTABLE="$("$python" -c 'import sys; pr
   -DSELFFORCING_TORCH_DIR="$torch" -DSELFFORCING_OUTPUT_DIR="$package/selfforcing_ext"
 ctest --test-dir build/asan -j "${MAX_JOBS:-2}" --output-on-failure --timeout 600 --quiet
 
-build tsan thread -DSELFFORCING_TEST_LIMIT=1000000  # ThreadSanitizer is slow
+build tsan thread -DSELFFORCING_TEST_LIMIT=1000000
 ctest --test-dir build/tsan -j "${MAX_JOBS:-2}" --output-on-failure --timeout 600 --quiet
 
-# Python is not built with the sanitizers, so their run-time comes first; it is not asked about Python's own memory.
+# A package of its own with the sanitized extension. Python is not built with the sanitizers, so their run-time is loaded
+# before it; it is not asked about Python's own memory.
+cp -r pyproject.toml python_ref tests "$package/"
 cp -r selfforcing_ext/*.py selfforcing_ext/integrations "$package/selfforcing_ext/"
-tests="tests/test_attention.py tests/test_kv_cache.py tests/test_rope.py tests/test_denoise.py tests/test_modulate.py"
-# shellcheck disable=SC2086
+cd "$package"
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider -o "pythonpath=$package ." $tests \
-  -k "not every_instruction_set and not opcheck"
+  UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider -k "not every_instruction_set and not opcheck" \
+  tests/test_attention.py tests/test_fuzz_attention.py tests/test_kv_cache.py tests/test_rope.py tests/test_denoise.py \
+  tests/test_modulate.py
