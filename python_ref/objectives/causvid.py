@@ -47,9 +47,8 @@ class CausVid(DMD, Blockwise):
     def noise_data(self, clean: Tensor, source: NoiseSource) -> Tensor:
         """Videos [B, F, C, H, W] at every denoising step, [B, T, F, C, H, W], each with noise of its own."""
         states = []
-        for t in self._steps(clean):
+        for sigma in self._sigmas(self._steps(clean)):
             noise = source.randn(clean.shape, clean.dtype, clean.device)
-            sigma = self.schedule.sigma_at(t) if t else t  # the table, where any t means its nearest entry, has no 0
             states.append(self.generator.ops.add_noise(clean, noise, sigma.expand(clean.shape[:2])))
         return torch.stack(states, dim=1)
 
@@ -70,15 +69,15 @@ class CausVid(DMD, Blockwise):
         """
         if self.teacher_forcing:
             raise ValueError("teacher_forcing is True, but must be False to simulate: it shows blocks the clean data")
+        per_frame = noise.shape[:2]
         steps = self._steps(noise)
+        mask = self._mask(self.generator.config, noise)
         x_t, states = noise, [noise]
-        for t, t_next in pairwise(steps):
-            per_frame = t.expand(noise.shape[:2])
-            flow = self.generator(x_t, per_frame, context, mask=self._mask(self.generator.config, x_t))
+        for t, (sigma, sigma_next) in zip(steps, pairwise(self._sigmas(steps)), strict=False):
+            flow = self.generator(x_t, t.expand(per_frame), context, mask=mask)
             fresh = source.randn(noise.shape, noise.dtype, noise.device)
-            sigma_next = self.schedule.sigma_at(t_next) if t_next else t_next
             _, x_t = self.generator.ops.denoise_step(
-                flow, x_t, self.schedule.sigma_at(per_frame), sigma_next.expand(noise.shape[:2]), fresh
+                flow, x_t, sigma.expand(per_frame), sigma_next.expand(per_frame), fresh
             )
             states.append(x_t)
         return torch.stack(states, dim=1)
@@ -107,3 +106,7 @@ class CausVid(DMD, Blockwise):
 
     def _steps(self, latents: Tensor) -> Tensor:
         return torch.as_tensor(self.denoising_steps, dtype=torch.float32, device=latents.device)
+
+    def _sigmas(self, steps: Tensor) -> Tensor:
+        """Noise levels of the steps, and 0 of timestep 0, for which the schedule's table has no entry."""
+        return self.schedule.sigma_at(steps).masked_fill(steps == 0, 0)

@@ -62,7 +62,7 @@ class ODERegression(Blockwise):
             ValueError: the trajectory has another number of states.
         """
         steps = torch.as_tensor(self.denoising_steps, dtype=torch.float32, device=trajectory.device)
-        ends_clean = not steps[-1]
+        ends_clean = float(self.denoising_steps[-1]) == 0
         states = len(steps) + (0 if ends_clean else 1)
         if trajectory.dim() != 6 or trajectory.shape[1] != states:
             raise ValueError(
