@@ -85,8 +85,12 @@ def attention_over_spans(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     pages = (None, None, None, None) if past is None else past
-    out, lse = ops.attention(q, k, v, *table.tensors(), *pages, scale)
-    return out, lse
+    arguments = (q, k, v, *table.tensors(), *pages, scale)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return ops.attention(*arguments)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.forward(*arguments)
+    return _Attention.apply_now(*arguments)
 
 
 def op_inputs(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -108,14 +112,16 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_heads(name, tensor, "[B, Lq, H, D]" if name == "q" else "[B, Lk, H_kv, D]")
     check_alike("k", k, "q", q)
     check_alike("v", v, "q", q)
-    check_head_dim("q", q.shape[3])
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+    batch, _, heads, head_dim = q.shape
+    key_batch, _, key_heads, key_dim = k.shape
+    check_head_dim("q", head_dim)
+    if key_batch != batch or key_dim != head_dim:
         raise ValueError(
-            f"k has shape {list(k.shape)}, but must have the batch size {q.shape[0]} and head dim {q.shape[3]} of q"
+            f"k has shape {list(k.shape)}, but must have the batch size {batch} and head dim {head_dim} of q"
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    if key_heads == 0 or heads % key_heads:
         raise ValueError(
-            f"k has {k.shape[2]} heads, but must have a number of heads that divides the {q.shape[2]} heads of q"
+            f"k has {key_heads} heads, but must have a number of heads that divides the {heads} heads of q"
         )
     if v.shape != k.shape:
         raise ValueError(f"v has shape {list(v.shape)}, but must have shape {list(k.shape)} like k")
@@ -155,28 +161,63 @@ def _attention_backward_fake(
 _NUM_GEOMETRY = 10  # arguments after q, k, v: six of the span table, four of the past
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *geometry, softmax_scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, *geometry)
-    ctx.softmax_scale = softmax_scale
-    ctx.set_materialize_grads(False)
+class _Derived(torch.autograd.Function):
+    """An op and its derivative. Registered with the op below, but also called directly: next to a small problem the way
+    through the dispatcher's kernel in Python is long. torch.func transforms, too, can differentiate such a class alone.
+    """
+
+    @classmethod
+    def apply_now(cls, *inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*inputs)
+        # The same without its long look at the signature of forward.
+        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *geometry = ctx.saved_tensors
-    nothing = (None,) * (_NUM_GEOMETRY + 1)
-    if grad_out is None and grad_lse is None:
-        return (None, None, None, *nothing)
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
-    return (*grads, *nothing)
+class _Attention(_Derived):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.attention.default(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, softmax_scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.softmax_scale = softmax_scale
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, *geometry, out, lse = ctx.saved_tensors
+        nothing = (None,) * (_NUM_GEOMETRY + 1)
+        if grad_out is None and grad_lse is None:
+            return (None, None, None, *nothing)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        arguments = (grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
+        if torch.compiler.is_compiling():
+            return (*ops.attention_backward(*arguments), *nothing)
+        differentiate = _AttentionBackward.apply_now if torch.is_grad_enabled() else _AttentionBackward.forward
+        return (*differentiate(*arguments), *nothing)
 
 
-def _no_second_derivative(*_: Any) -> None:
-    raise NotImplementedError("attention can be differentiated once, but not twice")
+class _AttentionBackward(_Derived):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.attention_backward.default(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(*_: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(*_: Any) -> None:
+        raise NotImplementedError("attention can be differentiated once, but not twice")
 
 
-torch.library.register_autograd("selfforcing::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("selfforcing::attention_backward", _no_second_derivative)
+for name, derived in (("attention", _Attention), ("attention_backward", _AttentionBackward)):
+    torch.library.register_autograd(
+        f"selfforcing::{name}", derived.backward, setup_context=derived.setup_context
+    )

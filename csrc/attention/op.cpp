@@ -176,7 +176,7 @@ Tensor workspace(AttentionParams& p, int64_t bytes, const Tensor& like) {
   return memory;
 }
 
-Tensor empty_like_contiguous(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+Tensor empty_like_contiguous(const Tensor& tensor) { return empty_tensor(tensor.sizes(), tensor.scalar_type(), tensor); }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_starts,
                                      const Tensor& span_offsets, const Tensor& spans, const Tensor& key_starts,
@@ -189,8 +189,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   AttentionParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
   Tensor out = empty_like_contiguous(q);
-  const std::vector<int64_t> lse_size{q.size(0), q.size(2), q.size(1)};
-  Tensor lse = torch::stable::new_empty(q, lse_size, ScalarType::Float);
+  Tensor lse = empty_tensor(std::array<int64_t, 3>{q.size(0), q.size(2), q.size(1)}, ScalarType::Float, q);
   if (q.numel() == 0) return {out, lse};
   p.out = mutable_heads(out);
   p.lse = lse.mutable_data_ptr<float>();
@@ -236,13 +235,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 #endif
 
   Tensor grad_q = empty_like_contiguous(q), grad_k = empty_like_contiguous(k), grad_v = empty_like_contiguous(v);
-  Tensor delta = torch::stable::new_empty(lse, lse.sizes());
   // The kernels read out and lse here; the base params name them without const because the forward writes them.
   p.out = {out.data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   p.lse = static_cast<float*>(lse.data_ptr());
   p.grad_out = const_heads(grad_out);
   p.grad_lse = grad_lse.has_value() ? grad_lse->const_data_ptr<float>() : nullptr;
+#ifdef SELFFORCING_WITH_CUDA
+  Tensor delta = empty_like_contiguous(lse);
   p.delta = delta.mutable_data_ptr<float>();
+#endif
   p.grad_q = mutable_heads(grad_q);
   p.grad_k = mutable_heads(grad_k);
   p.grad_v = mutable_heads(grad_v);
