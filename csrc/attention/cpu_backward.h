@@ -2,8 +2,9 @@
 // probabilities and gradients of scores are operands of the products for grad_v and grad_k as they are.
 //
 // One thread holds the gradients of a tile of keys. Gradients of queries are summed over tiles in memory, a chunk at a
-// time and always in the order of the tiles, whichever thread computes them: the sum has the same bits for any number
-// of threads.
+// time and always in the order of the tiles, whichever thread computes them. With fewer heads than threads every head's
+// keys are divided into parts with sums of their own, so that threads need not wait for each other: then the number of
+// threads decides how the sum is rounded, but never which thread was faster.
 #pragma once
 #include <sched.h>
 
@@ -100,8 +101,12 @@ void write_grad_q(const AttentionBackwardParams& p, const BackwardPlan& plan, co
     for (int query = 0; query < panel.count; ++query) {
       auto* to = row_of<Op>(p.grad_q, batch, head, panel.query + query);
       const float* sums = from.grad_q + static_cast<int64_t>(panel.lane + query) * padded_dim;
-      for (int d = 0; d < dim; d += kLanes)
-        store<typename Op::Element>(to + d, load(sums + d) * p.softmax_scale, dim - d < kLanes ? dim - d : kLanes);
+      for (int d = 0; d < dim; d += kLanes) {
+        Floats sum = load(sums + d);
+        for (int part = 1; part < plan.key_parts; ++part)
+          sum += load(sums + static_cast<int64_t>(part) * plan.lanes * padded_dim + d);
+        store<typename Op::Element>(to + d, sum * p.softmax_scale, dim - d < kLanes ? dim - d : kLanes);
+      }
     }
   }
 }
@@ -126,13 +131,15 @@ inline bool sees(const AttentionBackwardParams& p, const KeyTile& keys, const Qu
   return false;
 }
 
-// Waits until the tiles before `tile` that add to a chunk have done so. They are being computed: items are handed out
-// in the order of the tiles.
-inline void await_turn(const AttentionBackwardParams& p, const BackwardPlan& plan, int past_tiles, int tile, int chunk,
-                       const int32_t* done) {
+// Waits until the tiles from `first` to before `tile` that add to a chunk have done so. They are being computed: items
+// are handed out in the order of the tiles.
+inline void await_turn(const AttentionBackwardParams& p, const BackwardPlan& plan, int past_tiles, int first, int tile,
+                       int chunk, const int32_t* done) {
   int before = tile - 1;  // the last tile before this one that adds to the chunk; every tile of the past does
-  while (before >= past_tiles && !sees(p, plan.tiles[before - past_tiles], plan.chunks[chunk])) --before;
-  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != before + 1; ++spins)
+  while (before >= first && before >= past_tiles && !sees(p, plan.tiles[before - past_tiles], plan.chunks[chunk]))
+    --before;
+  const int wanted = before < first ? 0 : before + 1;
+  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != wanted; ++spins)
     if (spins > 1000) sched_yield();
 }
 
@@ -166,15 +173,18 @@ void differentiate_chunk(const AttentionBackwardParams& p, const BackwardPlan& p
                  Op::kPack == 1 ? plan.row_words : plan.joined_words, tile.keys_joined, padded / Op::kPack);
 }
 
-// `index` counts the tiles of the past first. `in_turn`: other threads work on the same head.
+// Tile `index_in_part` of a part of the keys; tiles of the past are counted first. `in_turn`: other threads work on the
+// same head.
 template <typename Op>
 void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int slot, int batch, int kv_head,
-                        int index, bool in_turn, const TileBuffers& tile) {
+                        int part, int index_in_part, bool in_turn, const TileBuffers& tile) {
   VisibleKeys<Op> visible_past(p, batch, kv_head, -1);
   const int64_t past_keys = visible_past.count();
   const int past_size = tile_size(past_keys, kBackwardTileKeys);
   const int past_tiles = past_size == 0 ? 0 : static_cast<int>((past_keys + past_size - 1) / past_size);
-  if (index >= past_tiles + plan.num_tiles) return;  // another stream has a longer past
+  const int64_t tiles = past_tiles + plan.num_tiles;
+  const int first = static_cast<int>(tiles * part / plan.key_parts), index = first + index_in_part;
+  if (index >= tiles * (part + 1) / plan.key_parts) return;  // another part or another stream has more
   const bool past = index < past_tiles;
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), group = p.num_heads / p.num_kv_heads;
   KeyTile keys{};
@@ -201,7 +211,9 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
     memset(tile.grad_v, 0, bytes);
   }
   for (int i = 0; i < group; ++i) {
-    const HeadBuffers head = head_in_slot<Op>(plan, slot, i, dim);
+    HeadBuffers head = head_in_slot<Op>(plan, slot, i, dim);
+    head.grad_q += static_cast<int64_t>(part) * plan.lanes * padded_dim;
+    head.tiles_done += part * plan.num_chunks;
     for (int c = 0; c < plan.num_chunks; ++c) {
       const QueryChunk& chunk = plan.chunks[c];
       bool added = false;
@@ -209,7 +221,8 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
         if (spans[2 * span] >= chunk.end_query || chunk.first_query >= spans[2 * span + 1]) continue;
         differentiate_chunk<Op>(p, plan, chunk, spans[2 * span], spans[2 * span + 1], head, tile, keys.count, past,
                                 [&] {
-                                  if (in_turn && !added) await_turn(p, plan, past_tiles, index, c, head.tiles_done + c);
+                                  if (in_turn && !added)
+                                    await_turn(p, plan, past_tiles, first, index, c, head.tiles_done + c);
                                 });
         added = true;
       }
@@ -224,17 +237,18 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
 template <typename Op>
 void backward(const AttentionBackwardParams& p) {
   const BackwardPlan plan = plan_backward<Op>(p);
-  const int group = p.num_heads / p.num_kv_heads, tiles = plan.past_tiles + plan.num_tiles;
+  const int group = p.num_heads / p.num_kv_heads;
+  const int tiles_of_part = (plan.past_tiles + plan.num_tiles + plan.key_parts - 1) / plan.key_parts;  // at most
   const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   const auto pack = [&](int slot, int64_t kv_head, int in_group, int chunk) {
     const int batch = static_cast<int>(kv_head / p.num_kv_heads);
     const int head = static_cast<int>(kv_head % p.num_kv_heads) * group + in_group;
     pack_chunk<Op>(p, plan, chunk, batch, head, head_in_slot<Op>(plan, slot, in_group, p.head_dim));
   };
-  const auto differentiate = [&](int slot, int64_t kv_head, int tile, bool in_turn, int32_t worker) {
+  const auto differentiate = [&](int slot, int64_t kv_head, int part, int tile, bool in_turn, int32_t worker) {
     Arena arena(plan.workers + worker * plan.worker_bytes);
     differentiate_tile<Op>(p, plan, slot, static_cast<int>(kv_head / p.num_kv_heads),
-                           static_cast<int>(kv_head % p.num_kv_heads), tile, in_turn,
+                           static_cast<int>(kv_head % p.num_kv_heads), part, tile, in_turn,
                            take_tile_buffers<Op>(arena, plan, p.head_dim));
   };
   const auto write = [&](int slot, int64_t kv_head, int in_group, int chunk) {
@@ -247,7 +261,7 @@ void backward(const AttentionBackwardParams& p) {
     p.parallel.for_each(heads, [&](int64_t kv_head, int32_t worker) {
       for (int i = 0; i < group; ++i)
         for (int chunk = 0; chunk < plan.num_chunks; ++chunk) pack(worker, kv_head, i, chunk);
-      for (int tile = 0; tile < tiles; ++tile) differentiate(worker, kv_head, tile, false, worker);
+      for (int tile = 0; tile < tiles_of_part; ++tile) differentiate(worker, kv_head, 0, tile, false, worker);
       for (int i = 0; i < group; ++i)
         for (int chunk = 0; chunk < plan.num_chunks; ++chunk) write(worker, kv_head, i, chunk);
     });
@@ -264,9 +278,10 @@ void backward(const AttentionBackwardParams& p) {
       });
     };
     for_each_query_chunk(pack);
-    p.parallel.for_each(slots * tiles, [&](int64_t item, int32_t worker) {
+    p.parallel.for_each(slots * plan.key_parts * tiles_of_part, [&](int64_t item, int32_t worker) {
       const int slot = static_cast<int>(item % slots);
-      differentiate(slot, first + slot, static_cast<int>(item / slots), true, worker);
+      const int part = static_cast<int>(item / slots % plan.key_parts);
+      differentiate(slot, first + slot, part, static_cast<int>(item / slots / plan.key_parts), true, worker);
     });
     for_each_query_chunk(write);
   }

@@ -9,8 +9,13 @@ inline constexpr int kBackwardTileKeys = 128;
 inline constexpr int kBackwardChunkLanes = 512;
 // With this many heads per thread each is done by one thread from start to end; with fewer, threads share heads.
 inline constexpr int kWholeHeadsPerThread = 8;
-// What packed queries may take; heads beyond that wait for their turn.
-inline constexpr int64_t kMostPackedBytes = int64_t{256} << 20;
+// Heads of so few operations, too, if they are shared out evenly: threads that meet often cost more than one that
+// waits.
+inline constexpr double kSmallHeadOperations = 1e8;
+// What packed queries may take; heads beyond that wait for their turn. So little they may take in any case.
+inline constexpr int64_t kMostPackedBytes = int64_t{256} << 20, kFewPackedBytes = int64_t{1} << 20;
+// A tile that is made smaller, so that parts of the keys have equally many, has no fewer keys than this.
+inline constexpr int kBackwardLeastKeys = 64;
 
 // Neighbouring panels, up to kBackwardChunkLanes.
 struct QueryChunk {
@@ -28,9 +33,9 @@ struct KeyTile {
 struct HeadBuffers {
   float *queries, *grads;         // per panel words [word][lane], of q and grad_out
   float *query_rows, *grad_rows;  // words [lane / kPack][d], joined over neighbouring lanes
-  float* grad_q;                  // [lane][d]: sums, softmax_scale not applied
+  float* grad_q;                  // [part of the keys][lane][d]: sums, softmax_scale not applied
   float *lse, *delta;             // [lane]: lse; rowsum(out * grad_out) - grad_lse
-  int32_t* tiles_done;            // [chunk]: 1 + the last tile whose part is in grad_q
+  int32_t* tiles_done;            // [part of the keys][chunk]: 1 + the last tile that is in grad_q
 };
 
 // Packed keys of a tile, in the workspace of its worker.
@@ -51,7 +56,8 @@ struct BackwardPlan {
   int32_t lanes = 0;                        // of all panels
   int32_t row_words = 0, joined_words = 0;  // length of a row of probabilities, of joined gradients
   bool whole_heads = false;
-  int32_t slots = 0;  // K/V heads whose queries are packed at a time
+  int32_t slots = 0;      // K/V heads whose queries are packed at a time
+  int32_t key_parts = 1;  // of a head, each with its own sums for the gradient of q
   char *slot_memory = nullptr, *workers = nullptr;
   int64_t slot_bytes = 0, worker_bytes = 0, bytes = 0;
 };
@@ -64,10 +70,10 @@ HeadBuffers take_head_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
   head.grads = arena.take<float>(words);
   head.query_rows = arena.take<float>(plan.lanes / Op::kPack * padded_dim);
   head.grad_rows = arena.take<float>(plan.lanes / Op::kPack * padded_dim);
-  head.grad_q = arena.take<float>(plan.lanes * padded_dim);
+  head.grad_q = arena.take<float>(plan.key_parts * plan.lanes * padded_dim);
   head.lse = arena.take<float>(plan.lanes);
   head.delta = arena.take<float>(plan.lanes);
-  head.tiles_done = arena.take<int32_t>(plan.num_chunks);
+  head.tiles_done = arena.take<int32_t>(static_cast<int64_t>(plan.key_parts) * plan.num_chunks);
   return head;
 }
 
@@ -111,12 +117,20 @@ void for_each_chunk(const SpanTable& spans, const Visit& visit) {
   if (chunk.num_panels > 0) visit(chunk);
 }
 
+// The keys of a block in as few tiles as possible, or, if there is one block only, a multiple of key_parts.
 template <typename Visit>
-void for_each_key_tile(const SpanTable& query_spans, const Visit& visit) {
+void for_each_key_tile(const SpanTable& query_spans, int key_parts, const Visit& visit) {
   for (int block = 0; block < query_spans.num_blocks; ++block) {
     const int start = query_spans.block_starts[block], end = query_spans.block_starts[block + 1];
-    const int size = tile_size(end - start, kBackwardTileKeys);
-    for (int key = start; key < end; key += size) visit(KeyTile{block, key, end - key < size ? end - key : size});
+    const int64_t steps = (end - start + kKeyMultiple - 1) / kKeyMultiple;
+    int64_t tiles = (end - start + kBackwardTileKeys - 1) / kBackwardTileKeys;
+    const int64_t even = (tiles + key_parts - 1) / key_parts * key_parts;
+    if (query_spans.num_blocks == 1 && even * kBackwardLeastKeys <= end - start) tiles = even;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int key = start + static_cast<int>(steps * tile / tiles) * kKeyMultiple;
+      const int next = start + static_cast<int>(steps * (tile + 1) / tiles) * kKeyMultiple;
+      visit(KeyTile{block, key, (next < end ? next : end) - key});
+    }
   }
 }
 
@@ -132,7 +146,9 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
     ++plan.num_chunks;
     most_lanes = chunk.lanes > most_lanes ? chunk.lanes : most_lanes;
   });
-  for_each_key_tile(p.query_spans, [&](const KeyTile&) { ++plan.num_tiles; });
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, threads = p.parallel.num_threads;
+  plan.key_parts = heads < threads ? static_cast<int32_t>(threads / heads) : 1;
+  for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile&) { ++plan.num_tiles; });
   for (int batch = 0; batch < p.batch; ++batch) {
     const int64_t past = VisibleKeys<Op>(p, batch, 0, -1).count();
     const int tiles = static_cast<int>((past + kBackwardTileKeys - 1) / kBackwardTileKeys);
@@ -150,7 +166,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
     int panel = 0, chunk = 0, tile = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
     for_each_chunk(p.spans, [&](const QueryChunk& value) { plan.chunks[chunk++] = value; });
-    for_each_key_tile(p.query_spans, [&](const KeyTile& value) { plan.tiles[tile++] = value; });
+    for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile& value) { plan.tiles[tile++] = value; });
   }
 
   Arena one_slot(nullptr), one_worker(nullptr);
@@ -159,11 +175,19 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   plan.slot_bytes = one_slot.used();
   plan.worker_bytes = one_worker.used();
 
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, threads = p.parallel.num_threads;
-  int64_t slots = heads < threads ? heads : threads;
-  if (slots * plan.slot_bytes > kMostPackedBytes) slots = kMostPackedBytes / plan.slot_bytes;
-  plan.slots = slots < 1 ? 1 : static_cast<int32_t>(slots);
-  plan.whole_heads = plan.slots == threads && (threads == 1 || heads >= kWholeHeadsPerThread * threads);
+  const int64_t most_slots = kMostPackedBytes / plan.slot_bytes, few_slots = kFewPackedBytes / plan.slot_bytes;
+  const double operations = 10.0 * plan.lanes * (p.num_heads / p.num_kv_heads) * p.head_dim * kBackwardTileKeys *
+                            (plan.num_tiles + plan.past_tiles);
+  plan.whole_heads = heads >= threads && most_slots >= threads &&
+                     (threads == 1 || heads >= kWholeHeadsPerThread * threads ||
+                      (heads % threads == 0 && operations <= kSmallHeadOperations));
+  int64_t slots = threads;
+  if (!plan.whole_heads) {
+    if (slots < few_slots) slots = few_slots;
+    if (slots > heads) slots = heads;
+    if (slots > most_slots) slots = most_slots > 0 ? most_slots : 1;
+  }
+  plan.slots = static_cast<int32_t>(slots);
   plan.slot_memory = arena.take<char>(plan.slot_bytes * plan.slots);
   plan.workers = arena.take<char>(plan.worker_bytes * threads);
   plan.bytes = arena.used();
@@ -206,9 +230,11 @@ void pack_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, int 
                 const HeadBuffers& to) {
   const QueryChunk& chunk = plan.chunks[chunk_index];
   const int dim = p.head_dim, words = dim / Op::kPack, padded_dim = round_up(dim, kLanes);
-  to.tiles_done[chunk_index] = 0;
-  memset(to.grad_q + static_cast<int64_t>(chunk.lane) * padded_dim, 0,
-         static_cast<size_t>(chunk.lanes) * padded_dim * sizeof(float));
+  for (int part = 0; part < plan.key_parts; ++part) {
+    to.tiles_done[part * plan.num_chunks + chunk_index] = 0;
+    memset(to.grad_q + (static_cast<int64_t>(part) * plan.lanes + chunk.lane) * padded_dim, 0,
+           static_cast<size_t>(chunk.lanes) * padded_dim * sizeof(float));
+  }
   for (int i = chunk.first_panel; i < chunk.first_panel + chunk.num_panels; ++i) {
     const Panel& panel = plan.panels[i];
     const int64_t lane = panel.lane;

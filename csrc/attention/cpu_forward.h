@@ -11,50 +11,84 @@ namespace SELFFORCING_ISA {
 inline constexpr int kForwardTileKeys = 128;
 // Queries that share a packed tile: enough that packing costs little, few enough that their sums stay in L2.
 inline constexpr int kForwardUnitLanes = 512;
-inline constexpr int kForwardLeastLanes = 4 * kLanes;
-// Units per thread below which units are made smaller, so that threads finish together.
-inline constexpr int kForwardUnitsPerThread = 4;
+// With this many items per thread threads finish together, however the work is divided.
+inline constexpr int kForwardItemsPerThread = 4;
+// For the choice of a division: packing a key takes as long as this many queries that attend to it, merging the sums of
+// one more part of the keys as long as this many keys, and another parallel loop as long as this many operations.
+inline constexpr int kPackingLanes = 8, kMergingKeys = 4, kLoopOperations = 1 << 19;
 
-// Neighbouring panels of one block: the work of one thread on one head.
+// Neighbouring panels of one block.
 struct ForwardUnit {
   int32_t block, first_panel, num_panels;
 };
 
-struct ForwardPlan {
+// How a call is divided into items, each the work of one thread: a unit of queries of some heads of a group, which
+// share packed keys, against one part of the keys. Results depend on key_parts alone.
+struct ForwardDivision {
+  int32_t unit_lanes = kForwardUnitLanes;  // at most about this many in a unit
+  int32_t unit_heads = 1;
+  int32_t key_parts = 1;
+};
+
+struct ForwardPlan : ForwardDivision {
   Panel* panels = nullptr;
   ForwardUnit* units = nullptr;
-  int32_t num_panels = 0, num_units = 0;  // units of one head
-  int32_t unit_lanes = 0;                 // at most
+  int32_t num_panels = 0, num_units = 0;  // of one head
+  int32_t lanes = 0;                      // of all panels
   char* workers = nullptr;
+  float* parts = nullptr;  // sums of every part of the keys, if there are several
   int64_t worker_bytes = 0, bytes = 0;
 };
 
-// Packed operands and sums of a unit, in the workspace of its worker.
+// What the keys so far add up to, of lanes that lie side by side.
+struct ForwardSums {
+  float* values;   // per panel [d][lane]: sum of exp(score - largest) value
+  float* largest;  // [lane]: largest score so far, in units of log2
+  float* total;    // [lane]: sum of exp(score - largest)
+
+  ForwardSums from(int64_t lane, int dim) const { return {values + lane * dim, largest + lane, total + lane}; }
+};
+
+// Packed operands and sums of an item, in the workspace of its worker.
 struct ForwardBuffers {
   float* keys;     // words [key][word]
   float* values;   // words [d / kLanes][key / kPack][kLanes]
   float* scores;   // [key][lane of the panel]; then probabilities, words [key / kPack][lane]
-  float* queries;  // per panel words [word][lane]
-  float* sums;     // per panel [d][lane]: sum of exp(score - largest) value
-  float* largest;  // [lane]: largest score so far, in units of log2
-  float* total;    // [lane]: sum of exp(score - largest)
+  float* queries;  // per head and panel words [word][lane]
+  ForwardSums sums;
 };
 
+inline ForwardSums take_forward_sums(Arena& arena, int dim, int64_t lanes) {
+  ForwardSums sums;
+  sums.values = arena.take<float>(dim * lanes);
+  sums.largest = arena.take<float>(lanes);
+  sums.total = arena.take<float>(lanes);
+  return sums;
+}
+
 template <typename Op>
-ForwardBuffers take_forward_buffers(Arena& arena, int dim, int lanes) {
+ForwardBuffers take_forward_buffers(Arena& arena, const ForwardPlan& plan, int dim) {
   const int words = dim / Op::kPack, padded_dim = round_up(dim, kLanes);
+  // Pieces of a block differ by a panel.
+  const int64_t lanes = static_cast<int64_t>(plan.unit_lanes + 2 * kMaxPanelVectors * kLanes) * plan.unit_heads;
   ForwardBuffers to;
   to.keys = arena.take<float>(static_cast<int64_t>(kForwardTileKeys) * words);
   to.values = arena.take<float>(static_cast<int64_t>(kForwardTileKeys / Op::kPack) * padded_dim);
   to.scores = arena.take<float>(kForwardTileKeys * kMaxPanelVectors * kLanes);
-  to.queries = arena.take<float>(static_cast<int64_t>(words) * lanes);
-  to.sums = arena.take<float>(static_cast<int64_t>(dim) * lanes);
-  to.largest = arena.take<float>(lanes);
-  to.total = arena.take<float>(lanes);
+  to.queries = arena.take<float>(words * lanes);
+  to.sums = take_forward_sums(arena, dim, plan.key_parts == 1 ? lanes : 0);
   return to;
 }
 
-// Calls visit(unit) for the units of one head when a unit holds at most about `limit` lanes.
+// Sums of all queries of one head over one part of the keys.
+inline ForwardSums sums_of_part(const ForwardPlan& plan, int64_t head, int part, int dim) {
+  const int64_t floats = static_cast<int64_t>(plan.lanes) * (dim + 2), index = head * plan.key_parts + part;
+  float* values = plan.parts + index * floats;
+  return {values, values + static_cast<int64_t>(plan.lanes) * dim,
+          values + static_cast<int64_t>(plan.lanes) * (dim + 1)};
+}
+
+// Calls visit(unit, lanes) for the units of one head when a unit holds at most about `limit` lanes.
 template <typename Visit>
 void for_each_forward_unit(const SpanTable& spans, int limit, const Visit& visit) {
   int first = 0, panels = 0, lanes = 0, current = 0;
@@ -63,7 +97,9 @@ void for_each_forward_unit(const SpanTable& spans, int limit, const Visit& visit
     for (int piece = 0; piece < pieces; ++piece) {
       const int start = static_cast<int>(static_cast<int64_t>(panels) * piece / pieces);
       const int end = static_cast<int>(static_cast<int64_t>(panels) * (piece + 1) / pieces);
-      if (start < end) visit(ForwardUnit{current, first + start, end - start});
+      if (start < end)
+        visit(ForwardUnit{current, first + start, end - start},
+              static_cast<int>(static_cast<int64_t>(lanes) * (end - start) / panels));
     }
     first += panels, panels = 0, lanes = 0;
   };
@@ -75,33 +111,84 @@ void for_each_forward_unit(const SpanTable& spans, int limit, const Visit& visit
   split();
 }
 
-// Sizes of all buffers and, where there is a workspace, the tables in it. Which queries share a unit depends on the
-// number of threads but does not change their results.
+// The division that is done soonest. With few heads, that is a matter of equal shares for all threads: more and smaller
+// units, or fewer heads together, or parts of the keys.
+template <typename Op>
+ForwardDivision divide_forward(const AttentionParams& p, int most_lanes) {
+  const int group = p.num_heads / p.num_kv_heads, threads = p.parallel.num_threads;
+  const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
+  ForwardDivision best;
+  double best_time = -1;
+  const int fewest = most_lanes <= kForwardUnitLanes ? 1 : (most_lanes + kForwardUnitLanes - 1) / kForwardUnitLanes;
+  for (int pieces = fewest; pieces * kLanes <= most_lanes || pieces == fewest; ++pieces) {
+    ForwardDivision division;
+    division.unit_lanes = round_up((most_lanes + pieces - 1) / pieces, kLanes);
+    division.unit_heads =
+        kForwardUnitLanes / division.unit_lanes < group ? kForwardUnitLanes / division.unit_lanes : group;
+    if (division.unit_heads < 1) division.unit_heads = 1;
+    bool enough = false;
+    for (; division.unit_heads > 0; division.unit_heads /= 2) {
+      const int64_t sets = kv_heads * ((group + division.unit_heads - 1) / division.unit_heads);
+      int64_t items = 0, most_keys = 0;
+      double sum = 0, most = 0, least = 0;
+      for_each_forward_unit(p.spans, division.unit_lanes, [&](const ForwardUnit& unit, int lanes) {
+        const int64_t keys = VisibleKeys<Op>(p, 0, 0, unit.block).count();
+        const double cost = static_cast<double>(keys) * (lanes * division.unit_heads + kPackingLanes);
+        items += sets;
+        sum += cost * sets;
+        most_keys = keys > most_keys ? keys : most_keys;
+        most = cost > most ? cost : most;
+        least = least == 0 || cost < least ? cost : least;
+      });
+      const int64_t tiles = (most_keys + kForwardTileKeys - 1) / kForwardTileKeys;
+      for (division.key_parts = 1; division.key_parts <= threads && division.key_parts <= tiles; ++division.key_parts) {
+        const int parts = division.key_parts;
+        const double share = static_cast<double>((tiles + parts - 1) / parts) / tiles;
+        // Equal items in rounds, or items of all sizes, the longest first.
+        const double rounds = static_cast<double>((items * parts + threads - 1) / threads) * most * share;
+        const double packed = sum / threads + least * share;
+        double time = rounds < packed ? rounds : packed;
+        if (parts > 1) time += kLoopOperations / (4.0 * p.head_dim) + sum / most_keys * parts * kMergingKeys / threads;
+        if (best_time < 0 || time < best_time) best = division, best_time = time;
+        if (items * parts >= kForwardItemsPerThread * threads) break;
+      }
+      enough = enough || items >= kForwardItemsPerThread * threads;
+      if (enough) break;
+    }
+    if (enough) break;
+  }
+  return best;
+}
+
+// Sizes of all buffers and, where there is a workspace, the tables in it.
 template <typename Op>
 ForwardPlan plan_forward(const AttentionParams& p) {
   ForwardPlan plan;
-  for_each_panel(p.spans, [&](const Panel&, int) { ++plan.num_panels; });
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_heads;
-  int limit = kForwardUnitLanes;
-  while (true) {
-    plan.num_units = 0;
-    for_each_forward_unit(p.spans, limit, [&](const ForwardUnit&) { ++plan.num_units; });
-    if (limit <= kForwardLeastLanes || plan.num_units * heads >= kForwardUnitsPerThread * p.parallel.num_threads) break;
-    limit /= 2;
-  }
+  int block_lanes = 0, most_lanes = 0, current = -1;
+  for_each_panel(p.spans, [&](const Panel& panel, int block) {
+    ++plan.num_panels;
+    plan.lanes = panel.lane + panel.vectors * kLanes;
+    block_lanes = (block == current ? block_lanes : 0) + panel.vectors * kLanes;
+    current = block;
+    most_lanes = block_lanes > most_lanes ? block_lanes : most_lanes;
+  });
+  static_cast<ForwardDivision&>(plan) = divide_forward<Op>(p, most_lanes);
+  for_each_forward_unit(p.spans, plan.unit_lanes, [&](const ForwardUnit&, int) { ++plan.num_units; });
   Arena arena(p.workspace);
   plan.panels = arena.take<Panel>(plan.num_panels);
   plan.units = arena.take<ForwardUnit>(plan.num_units);
-  plan.unit_lanes = limit + 2 * kMaxPanelVectors * kLanes;  // pieces of a block differ by a panel
   if (p.workspace != nullptr) {
     int panel = 0, unit = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
-    for_each_forward_unit(p.spans, limit, [&](const ForwardUnit& value) { plan.units[unit++] = value; });
+    for_each_forward_unit(p.spans, plan.unit_lanes, [&](const ForwardUnit& value, int) { plan.units[unit++] = value; });
   }
   Arena one_worker(nullptr);
-  take_forward_buffers<Op>(one_worker, p.head_dim, plan.unit_lanes);
+  take_forward_buffers<Op>(one_worker, plan, p.head_dim);
   plan.worker_bytes = one_worker.used();
   plan.workers = arena.take<char>(plan.worker_bytes * p.parallel.num_threads);
+  if (plan.key_parts > 1)
+    plan.parts =
+        arena.take<float>(static_cast<int64_t>(p.batch) * p.num_heads * plan.key_parts * plan.lanes * (p.head_dim + 2));
   plan.bytes = arena.used();
   return plan;
 }
@@ -136,12 +223,11 @@ void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffer
 
 // One panel against one tile of `count` keys. `factor` is |softmax_scale| log2(e); `first`: nothing is summed yet.
 template <typename Op, int kVectors>
-__attribute__((noinline)) void attend_panel(const ForwardBuffers& at, int lane, int count, int dim, float factor,
-                                            bool first) {
+__attribute__((noinline)) void attend_panel(const ForwardBuffers& at, const float* queries, const ForwardSums& sums_at,
+                                            int count, int dim, float factor, bool first) {
   constexpr int kWidth = kVectors * kLanes;
   const int words = dim / Op::kPack, padded = round_up(count, kKeyMultiple);
-  const float* queries = at.queries + static_cast<int64_t>(lane) * words;
-  float *scores = at.scores, *sums = at.sums + static_cast<int64_t>(lane) * dim;
+  float *scores = at.scores, *sums = sums_at.values;
 
   Floats largest[kVectors];
 #pragma GCC unroll 4
@@ -163,7 +249,7 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, int lane, 
   Floats rescale[kVectors] = {}, total[kVectors] = {};
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
-    float* so_far = at.largest + lane + j * kLanes;
+    float* so_far = sums_at.largest + j * kLanes;
     largest[j] = largest[j] * factor;
     if (!first) {
       const Floats before = load(so_far);
@@ -202,7 +288,7 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, int lane, 
   }
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
-    float* so_far = at.total + lane + j * kLanes;
+    float* so_far = sums_at.total + j * kLanes;
     store(so_far, first ? total[j] : multiply_add(rescale[j], load(so_far), total[j]));
   }
 
@@ -225,22 +311,20 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, int lane, 
 
 // out = sums / total, turned back to rows of queries, and lse.
 template <typename Op>
-void finish_panel(const AttentionParams& p, const ForwardBuffers& at, const Panel& panel, int lane, int batch,
-                  int head) {
+void finish_panel(const AttentionParams& p, const ForwardSums& sums, const Panel& panel, int batch, int head) {
   float* lse = p.lse + (static_cast<int64_t>(batch) * p.num_heads + head) * p.num_queries + panel.query;
   const int width = panel.vectors * kLanes, dim = p.head_dim;
-  const float* sums = at.sums + static_cast<int64_t>(lane) * dim;
   for (int j = 0; j < panel.vectors; ++j) {
     const int queries = panel.count - j * kLanes < kLanes ? panel.count - j * kLanes : kLanes;
-    const Floats total = load(at.total + lane + j * kLanes), inverse = 1.0f / total;
-    const Floats largest = load(at.largest + lane + j * kLanes);
+    const Floats total = load(sums.total + j * kLanes), inverse = 1.0f / total;
+    const Floats largest = load(sums.largest + j * kLanes);
     store<Float32>(lse + j * kLanes, multiply_add(largest, broadcast(kLn2), log(total)), queries);
     for (int d = 0; d < dim; d += kLanes) {
       const int columns = dim - d < kLanes ? dim - d : kLanes;
       Floats block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        block[i] = i < columns ? inverse * load(sums + (d + i) * width + j * kLanes) : Floats{};
+        block[i] = i < columns ? inverse * load(sums.values + (d + i) * width + j * kLanes) : Floats{};
       transpose(block);
       auto* out = row_of<Op>(p.out, batch, head, panel.query + j * kLanes) + d;
       for (int i = 0; i < queries; ++i) store<typename Op::Element>(out + i * p.out.token_stride, block[i], columns);
@@ -257,49 +341,127 @@ void clear_queries(const AttentionParams& p, const Panel& panel, int batch, int 
   }
 }
 
+// Adds the parts of the keys up, in their order, into the first.
+inline void merge_panel(const ForwardPlan& plan, const Panel& panel, int64_t head, int parts, int dim) {
+  const int width = panel.vectors * kLanes;
+  const ForwardSums to = sums_of_part(plan, head, 0, dim).from(panel.lane, dim);
+  for (int j = 0; j < width; j += kLanes) {
+    Floats largest = load(to.largest + j);
+    for (int part = 1; part < parts; ++part)
+      largest = maximum(largest, load(sums_of_part(plan, head, part, dim).largest + panel.lane + j));
+    for (int part = 0; part < parts; ++part) {
+      const ForwardSums from = sums_of_part(plan, head, part, dim).from(panel.lane, dim);
+      const Floats rescale = exp2(load(from.largest + j) - largest, kExp2Float32);
+      const auto add = [&](float* sum, const float* more) {
+        store(sum, part == 0 ? rescale * load(more) : multiply_add(rescale, load(more), load(sum)));
+      };
+      add(to.total + j, from.total + j);
+      for (int d = 0; d < dim; ++d) add(to.values + d * width + j, from.values + d * width + j);
+    }
+    store(to.largest + j, largest);
+  }
+}
+
+// The keys of one part, in tiles: those from `first` on.
+struct KeyPart {
+  int64_t first, count;
+  int tile;  // keys in a tile, at most
+};
+
+inline KeyPart part_of_keys(int64_t count, int part, int parts) {
+  const int tile = tile_size(count, kForwardTileKeys);
+  const int64_t tiles = tile == 0 ? 0 : (count + tile - 1) / tile;
+  if (tiles < parts) parts = static_cast<int>(tiles);
+  if (part >= parts) return {0, 0, tile};  // the last parts of few keys are empty
+  const int64_t first = tiles * part / parts * tile, end = tiles * (part + 1) / parts * tile;
+  return {first, (end < count ? end : count) - first, tile};
+}
+
 template <typename Op>
-void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const ForwardUnit& unit, int batch, int head,
-                 const ForwardBuffers& at) {
+void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const ForwardUnit& unit, int batch, int kv_head,
+                 int first_head, int num_heads, int part, const ForwardBuffers& at) {
   const Panel* panels = plan.panels + unit.first_panel;
-  VisibleKeys<Op> visible(p, batch, head / (p.num_heads / p.num_kv_heads), unit.block);
-  int64_t left = visible.count();
-  if (left == 0) {
-    for (int i = 0; i < unit.num_panels; ++i) clear_queries<Op>(p, panels[i], batch, head);
+  const int dim = p.head_dim, words = dim / Op::kPack;
+  const auto for_each_panel_of_heads = [&](const auto& visit) {
+    for (int head = first_head; head < first_head + num_heads; ++head)
+      for (int i = 0; i < unit.num_panels; ++i) visit(panels[i], head);
+  };
+  VisibleKeys<Op> visible(p, batch, kv_head, unit.block);
+  const KeyPart keys = part_of_keys(visible.count(), part, plan.key_parts);
+  if (keys.count == 0) {
+    if (part == 0)
+      for_each_panel_of_heads([&](const Panel& panel, int head) { clear_queries<Op>(p, panel, batch, head); });
     return;
   }
+  const int unit_lanes =
+      panels[unit.num_panels - 1].lane + panels[unit.num_panels - 1].vectors * kLanes - panels[0].lane;
+  const auto lane_of = [&](const Panel& panel, int head) {
+    return static_cast<int64_t>(head - first_head) * unit_lanes + panel.lane - panels[0].lane;
+  };
+  const auto sums_of = [&](const Panel& panel, int head) {
+    if (plan.key_parts == 1) return at.sums.from(lane_of(panel, head), dim);
+    return sums_of_part(plan, static_cast<int64_t>(batch) * p.num_heads + head, part, dim).from(panel.lane, dim);
+  };
   // A negative scale goes into the sign of the queries, so that the largest product is the largest score.
   const float factor = (p.softmax_scale < 0 ? -p.softmax_scale : p.softmax_scale) * kLog2E;
   const uint32_t flip = p.softmax_scale < 0 ? (Op::kPack == 2 ? 0x80008000u : 0x80000000u) : 0;
-  for (int i = 0; i < unit.num_panels; ++i) {
-    const int64_t lane = panels[i].lane - panels[0].lane;
-    pack_lanes<Op>(at.queries + lane * (p.head_dim / Op::kPack), panels[i].vectors,
-                   row_of<Op>(p.q, batch, head, panels[i].query), p.q.token_stride, panels[i].count, p.head_dim, flip);
-  }
-  const int tile = tile_size(left, kForwardTileKeys);
-  for (bool first = true; left > 0; first = false) {
-    const int count = left < tile ? static_cast<int>(left) : tile;
-    pack_tile<Op>(visible, count, p.head_dim, at);
-    for (int i = 0; i < unit.num_panels; ++i)
-      with_vectors(panels[i].vectors, [&](auto vectors) {
-        attend_panel<Op, decltype(vectors)::kValue>(at, panels[i].lane - panels[0].lane, count, p.head_dim, factor,
-                                                    first);
+  for_each_panel_of_heads([&](const Panel& panel, int head) {
+    pack_lanes<Op>(at.queries + lane_of(panel, head) * words, panel.vectors, row_of<Op>(p.q, batch, head, panel.query),
+                   p.q.token_stride, panel.count, dim, flip);
+  });
+  visible.skip(keys.first);
+  for (int64_t done = 0; done < keys.count; done += keys.tile) {
+    const int count = keys.count - done < keys.tile ? static_cast<int>(keys.count - done) : keys.tile;
+    pack_tile<Op>(visible, count, dim, at);
+    for_each_panel_of_heads([&](const Panel& panel, int head) {
+      with_vectors(panel.vectors, [&](auto vectors) {
+        attend_panel<Op, decltype(vectors)::kValue>(at, at.queries + lane_of(panel, head) * words, sums_of(panel, head),
+                                                    count, dim, factor, done == 0);
       });
-    left -= count;
+    });
   }
-  for (int i = 0; i < unit.num_panels; ++i)
-    finish_panel<Op>(p, at, panels[i], panels[i].lane - panels[0].lane, batch, head);
+  if (plan.key_parts == 1)
+    for_each_panel_of_heads(
+        [&](const Panel& panel, int head) { finish_panel<Op>(p, sums_of(panel, head), panel, batch, head); });
+}
+
+template <typename Op>
+void merge_unit(const AttentionParams& p, const ForwardPlan& plan, const ForwardUnit& unit, int batch, int head) {
+  const int64_t keys = VisibleKeys<Op>(p, batch, 0, unit.block).count();
+  if (keys == 0) return;  // cleared
+  int parts = 0;          // that have keys
+  const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head;
+  while (parts < plan.key_parts && part_of_keys(keys, parts, plan.key_parts).count > 0) ++parts;
+  for (int i = unit.first_panel; i < unit.first_panel + unit.num_panels; ++i) {
+    merge_panel(plan, plan.panels[i], row, parts, p.head_dim);
+    finish_panel<Op>(p, sums_of_part(plan, row, 0, p.head_dim).from(plan.panels[i].lane, p.head_dim), plan.panels[i],
+                     batch, head);
+  }
 }
 
 template <typename Op>
 void forward(const AttentionParams& p) {
   const ForwardPlan plan = plan_forward<Op>(p);
-  p.parallel.for_each(static_cast<int64_t>(p.batch) * p.num_heads * plan.num_units, [&](int64_t item, int32_t worker) {
-    const int64_t head = item / plan.num_units;
+  const int group = p.num_heads / p.num_kv_heads, sets = (group + plan.unit_heads - 1) / plan.unit_heads;
+  const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
+  const int64_t items_of_head = static_cast<int64_t>(sets) * plan.num_units * plan.key_parts;
+  p.parallel.for_each(kv_heads * items_of_head, [&](int64_t item, int32_t worker) {
+    const int batch = static_cast<int>(item / items_of_head / p.num_kv_heads);
+    const int kv_head = static_cast<int>(item / items_of_head % p.num_kv_heads);
+    const int part = static_cast<int>(item % plan.key_parts);
+    const int in_group = static_cast<int>(item / plan.key_parts % sets) * plan.unit_heads;
     // Later blocks see more keys: the longest units first.
-    const ForwardUnit& unit = plan.units[plan.num_units - 1 - item % plan.num_units];
+    const int unit = plan.num_units - 1 - static_cast<int>(item / plan.key_parts / sets % plan.num_units);
     Arena arena(plan.workers + worker * plan.worker_bytes);
-    const ForwardBuffers buffers = take_forward_buffers<Op>(arena, p.head_dim, plan.unit_lanes);
-    attend_unit<Op>(p, plan, unit, static_cast<int>(head / p.num_heads), static_cast<int>(head % p.num_heads), buffers);
+    attend_unit<Op>(p, plan, plan.units[unit], batch, kv_head, kv_head * group + in_group,
+                    group - in_group < plan.unit_heads ? group - in_group : plan.unit_heads, part,
+                    take_forward_buffers<Op>(arena, plan, p.head_dim));
+  });
+  if (plan.key_parts == 1) return;
+  p.parallel.for_each(static_cast<int64_t>(p.batch) * p.num_heads * plan.num_units, [&](int64_t item, int32_t) {
+    const int64_t head = item / plan.num_units;
+    merge_unit<Op>(p, plan, plan.units[item % plan.num_units], static_cast<int>(head / p.num_heads),
+                   static_cast<int>(head % p.num_heads));
   });
 }
 

@@ -146,8 +146,9 @@ class VisibleKeys {
     return {nullptr, nullptr, 0, 0, 0};
   }
 
-  void skip(int count) {
-    while (count > 0) count -= next(count).count;
+  void skip(int64_t count) {
+    constexpr int kMost = 1 << 30;
+    while (count > 0) count -= next(count < kMost ? static_cast<int>(count) : kMost).count;
   }
 
  private:

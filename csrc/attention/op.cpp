@@ -176,7 +176,9 @@ Tensor workspace(AttentionParams& p, int64_t bytes, const Tensor& like) {
   return memory;
 }
 
-Tensor empty_like_contiguous(const Tensor& tensor) { return empty_tensor(tensor.sizes(), tensor.scalar_type(), tensor); }
+Tensor empty_like_contiguous(const Tensor& tensor) {
+  return empty_tensor(tensor.sizes(), tensor.scalar_type(), tensor);
+}
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_starts,
                                      const Tensor& span_offsets, const Tensor& spans, const Tensor& key_starts,
