@@ -15,7 +15,12 @@ struct Operand {
   using Element = E;
   using Storage = typename Element::Storage;
   static constexpr int kPack = 1;  // elements in a word
-  static constexpr int kRun = 64;  // steps that are summed in one go
+  // Steps that are summed in one go: fewer where every product is rounded before it is added.
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+  static constexpr int kRun = 64;
+#else
+  static constexpr int kRun = 16;
+#endif
   static constexpr const auto& kExp2 = kExp2Float32;
 
   static SELFFORCING_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
