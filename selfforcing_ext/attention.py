@@ -86,11 +86,11 @@ def attention_over_spans(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     pages = (None, None, None, None) if past is None else past
     arguments = (q, k, v, *table.tensors(), *pages, scale)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return ops.attention(*arguments)  # type: ignore[no-any-return]
     if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.forward(*arguments)
-    return _Attention.apply_now(*arguments)
+    return _Attention.apply_now(*arguments)  # type: ignore[no-any-return]
 
 
 def op_inputs(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +158,7 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_NUM_GEOMETRY = 10  # arguments after q, k, v: six of the span table, four of the past
+_NUM_TABLE = 6  # arguments after q, k, v: the tensors of the span table; then come those of the past
 
 
 class _Derived(torch.autograd.Function):
@@ -169,7 +169,7 @@ class _Derived(torch.autograd.Function):
     @classmethod
     def apply_now(cls, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return cls.apply(*inputs)
+            return cls.apply(*inputs)  # type: ignore[no-untyped-call]
         # The same without its long look at the signature of forward.
         return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
@@ -182,20 +182,21 @@ class _Attention(_Derived):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, softmax_scale = inputs
-        ctx.save_for_backward(*tensors, *output)
+        q, k, v, *table_and_past, softmax_scale = inputs
+        ctx.table, past = table_and_past[:_NUM_TABLE], table_and_past[_NUM_TABLE:]
+        ctx.save_for_backward(q, k, v, *output, *past)
         ctx.softmax_scale = softmax_scale
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, *geometry, out, lse = ctx.saved_tensors
-        nothing = (None,) * (_NUM_GEOMETRY + 1)
+        q, k, v, out, lse, *past = ctx.saved_tensors
+        nothing = (None,) * (_NUM_TABLE + len(past) + 1)
         if grad_out is None and grad_lse is None:
             return (None, None, None, *nothing)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        arguments = (grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
+        arguments = (grad_out, grad_lse, q, k, v, out, lse, *ctx.table, *past, ctx.softmax_scale)
         if torch.compiler.is_compiling():
             return (*ops.attention_backward(*arguments), *nothing)
         differentiate = _AttentionBackward.apply_now if torch.is_grad_enabled() else _AttentionBackward.forward
@@ -217,7 +218,9 @@ class _AttentionBackward(_Derived):
         raise NotImplementedError("attention can be differentiated once, but not twice")
 
 
-for name, derived in (("attention", _Attention), ("attention_backward", _AttentionBackward)):
-    torch.library.register_autograd(
-        f"selfforcing::{name}", derived.backward, setup_context=derived.setup_context
-    )
+def _register(name: str, derived: type[_Derived]) -> None:
+    torch.library.register_autograd(f"selfforcing::{name}", derived.backward, setup_context=derived.setup_context)
+
+
+_register("attention", _Attention)
+_register("attention_backward", _AttentionBackward)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import ATTENTION_CASES, DTYPES, LARGE_ATTENTION_CASES, MASKS, PAGED_CASES, AttentionCase
+from cases import ATTENTION_CASES, DTYPES, LARGE_ATTENTION_CASES, LAYOUTS, MASKS, PAGED_CASES, AttentionCase
 from compare import SUM_ROUNDING, assert_as_accurate, assert_close, assert_same_bits
+from elementwise import num_threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,9 +51,12 @@ def plain_attention(
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def check_accuracy(case: AttentionCase, dtype: torch.dtype, sum_rounding: float) -> None:
-    """out and all gradients against torch's kernel, both measured against float64."""
-    tensors = case.inputs(dtype)
+def check_accuracy(
+    case: AttentionCase, dtype: torch.dtype, sum_rounding: float, tensors: tuple[Tensor, ...] | None = None
+) -> None:
+    """out and all gradients against torch's kernel, both measured against float64. ``tensors``: q, k and v other than
+    the normal random ones of the case."""
+    tensors = case.inputs(dtype) if tensors is None else tensors
     ours, torchs, exact = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
     scale = case.softmax_scale
     out = block_causal_attention(*ours, case.mask, scale)
@@ -83,6 +88,91 @@ def test_any_shape_and_layout(case: AttentionCase, dtype: torch.dtype):
 @pytest.mark.parametrize("case", LARGE_ATTENTION_CASES, ids=str)
 def test_as_accurate_as_torch(case: AttentionCase, dtype: torch.dtype):
     check_accuracy(case, dtype, 0)
+
+
+def random_case(seed: int) -> AttentionCase:
+    """Any mask or none, any heads, head dim, layout and scale."""
+    choose = random.Random(seed)
+    kv_heads, group = choose.choice((1, 2, 3)), choose.choice((1, 1, 2, 4))
+    common = {
+        "batch": choose.choice((1, 2, 3)),
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "head_dim": 8 * choose.randint(1, 20),
+        "layout": choose.choice(LAYOUTS),
+        "softmax_scale": choose.choice((None, None, 0.3, -0.2)),
+    }
+    if choose.random() < 0.4:
+        return AttentionCase(None, choose.randint(1, 300), choose.randint(1, 500), **common)
+    per_block, blocks, alone = choose.randint(1, 3), choose.randint(1, 5), choose.random() < 0.3
+    sink = choose.randint(0, 2)
+    window = choose.choice((None, sink + per_block + choose.randint(0, 3)))
+    mask = BlockCausalMask(
+        per_block * blocks + alone, choose.randint(1, 40), per_block, window, sink, alone, choose.random() < 0.3
+    )
+    return AttentionCase(mask, **common)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_random_cases(seed: int, dtype: torch.dtype):
+    check_accuracy(random_case(seed), dtype, SUM_ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("what", ["large logits", "equal keys", "equal rows"])
+def test_extreme_logits(what: str, dtype: torch.dtype):
+    """Logits of some hundreds, where one key takes all; keys that are all the same, where all take the same."""
+    large = AttentionCase(BlockCausalMask(6, 60, 2, window_frames=4, sink_frames=1), softmax_scale=30.0)
+    q, k, v = large.inputs(dtype)
+    if what == "large logits":
+        check_accuracy(large, dtype, SUM_ROUNDING, (q / 2, k / 2, v))
+        return
+    equal = (q, k[:, :1].expand(k.shape).contiguous(), v if what == "equal keys" else v[:, :1].expand(v.shape))
+    # Gradients of q and k are sums that cancel to 0: no error is small beside that. Values alone are compared.
+    out, lse = block_causal_attention(*equal, large.mask, return_lse=True)
+    exact = [t.double() for t in equal]
+    exact_out, exact_lse = reference(*exact, large.mask, return_lse=True)
+    assert_as_accurate(out, torch_attention(*equal, large.mask.dense(), None), exact_out, "out")
+    assert_close(lse, exact_lse, LSE_TOLERANCE, "lse")
+
+
+# Heads, units of queries and keys are all shared out among threads: alone, few, more than threads; with and without
+# a mask, grouped, and with so few keys that some threads get none.
+THREAD_CASES = (
+    AttentionCase(num_queries=1, num_keys=3000, heads=1, kv_heads=1),
+    AttentionCase(num_queries=40, num_keys=1000, heads=1, kv_heads=1, head_dim=32),
+    AttentionCase(num_queries=64, num_keys=900, heads=6, kv_heads=2, head_dim=24),
+    AttentionCase(num_queries=300, num_keys=130, heads=3, kv_heads=3),
+    AttentionCase(num_queries=300, num_keys=200, heads=8, kv_heads=1, head_dim=16),
+    AttentionCase(num_queries=30, num_keys=20, batch=20, head_dim=16),
+    AttentionCase(BlockCausalMask(6, 50, 2), heads=1, kv_heads=1),
+    AttentionCase(MASKS[3], heads=4, kv_heads=2, batch=2),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", THREAD_CASES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+def test_any_number_of_threads(threads: int, case: AttentionCase, dtype: torch.dtype):
+    """Right on each, and the same bits again: no result depends on which thread was faster."""
+    tensors = case.inputs(dtype)
+    grads = torch.randn(tensors[0].shape).to(dtype), torch.randn(case.batch, case.heads, tensors[0].shape[1])
+
+    def run() -> list[Tensor]:
+        inputs = leaves(tensors)
+        outputs = block_causal_attention(*inputs, case.mask, return_lse=True)
+        return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+
+    exact = leaves(tensors, torch.float64)
+    outputs = reference(*exact, case.mask, return_lse=True)
+    wanted = [*outputs, *torch.autograd.grad(outputs, exact, [g.double() for g in grads])]
+    tolerance = 2e-6 if dtype == torch.float32 else 5e-3
+    with num_threads(threads):
+        first, again = run(), run()
+    for name, a, b, c in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), first, again, wanted, strict=True):
+        assert_close(a, c, tolerance, name)
+        assert_same_bits(b, a, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,6 +312,22 @@ def test_autocast_casts_as_torch_does():
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(out.sum(), ours))
 
 
+def test_function_transforms_differentiate():
+    """torch.func.grad and vjp, which look for a derivative in another place than autograd does."""
+    q, k, v = AttentionCase(MASKS[0], head_dim=16).inputs()
+    weight = torch.randn(q.shape)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (block_causal_attention(q, k, v, MASKS[0]) * weight).sum()
+
+    ours = leaves((q, k, v))
+    wanted = torch.autograd.grad(loss(*ours), ours)
+    _, pull = torch.func.vjp(lambda *inputs: block_causal_attention(*inputs, MASKS[0]), q, k, v)
+    for grads in (torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), pull(weight)):
+        for name, mine, true in zip("qkv", grads, wanted, strict=True):
+            assert_same_bits(mine, true, f"grad_{name}")
+
+
 def test_second_derivative_is_refused():
     q, k, v = leaves(AttentionCase(MASKS[0], head_dim=16).inputs())
     (grad,) = torch.autograd.grad(block_causal_attention(q, k, v, MASKS[0]).square().sum(), q, create_graph=True)
@@ -357,7 +463,9 @@ def test_every_instruction_set(isa):
     if "which this machine lacks" in found.stderr:
         pytest.skip(f"this machine lacks {isa}")
     assert found.stdout.strip() == isa, found.stderr
-    tests = "test_any_shape or test_past_in_pages or test_rows_without_keys"
+    tests = (
+        "test_any or test_past_in_pages or test_rows_without_keys or test_extreme or test_random or test_as_accurate"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
