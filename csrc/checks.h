@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -143,26 +142,6 @@ inline ConstHeads const_heads(const Tensor& tensor) {
 
 inline MutableHeads mutable_heads(Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// Uninitialised and contiguous, on the device of `like`. (torch::stable::new_empty looks its op up by name, which takes
-// as long as a small kernel.)
-template <typename Sizes>
-Tensor empty_tensor(const Sizes& sizes, ScalarType type, const Tensor& like) {
-  const int64_t rank = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(rank, 1);
-  for (int64_t i = rank - 2; i >= 0; --i) strides[i] = strides[i + 1] * (sizes[i + 1] > 0 ? sizes[i + 1] : 1);
-  const auto device = like.device();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
-  return Tensor(handle);
-}
-
-// Scratch memory, uninitialised, on the device of `like`.
-inline Tensor empty_bytes(int64_t bytes, const Tensor& like) {
-  return empty_tensor(std::array<int64_t, 1>{bytes}, ScalarType::Byte, like);
 }
 
 // torch's own threads for CPU kernels.

@@ -61,6 +61,11 @@ Tensor empty_floats(const std::array<int64_t, rank>& size, const Tensor& like) {
   return new_tensor(size.data(), rank, aoti_torch_dtype_float32(), like);
 }
 
+// Scratch memory.
+inline Tensor empty_bytes(int64_t bytes, const Tensor& like) {
+  return new_tensor(&bytes, 1, aoti_torch_dtype_uint8(), like);
+}
+
 // For gradients, whose strides are autograd's choice (that of a sum has stride 0): a copy unless rows are contiguous.
 inline Tensor with_contiguous_last_dim(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

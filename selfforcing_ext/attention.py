@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_ext.checks import check_alike, check_float_tensor, check_head_dim, check_heads
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 from selfforcing_ext.mask import BlockCausalMask, SpanTable, full_span_table
 
 
@@ -85,12 +85,8 @@ def attention_over_spans(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     pages = (None, None, None, None) if past is None else past
-    arguments = (q, k, v, *table.tensors(), *pages, scale)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return ops.attention(*arguments)  # type: ignore[no-any-return]
-    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.forward(*arguments)
-    return _Attention.apply_now(*arguments)  # type: ignore[no-any-return]
+    out, lse = call(ops.attention, q, k, v, *table.tensors(), *pages, scale)
+    return out, lse
 
 
 def op_inputs(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -158,69 +154,31 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_NUM_TABLE = 6  # arguments after q, k, v: the tensors of the span table; then come those of the past
+_NUM_GEOMETRY = 10  # arguments after q, k, v: six of the span table, four of the past
 
 
-class _Derived(torch.autograd.Function):
-    """An op and its derivative. Registered with the op below, but also called directly: next to a small problem the way
-    through the dispatcher's kernel in Python is long. torch.func transforms, too, can differentiate such a class alone.
-    """
-
-    @classmethod
-    def apply_now(cls, *inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return cls.apply(*inputs)  # type: ignore[no-untyped-call]
-        # The same without its long look at the signature of forward.
-        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *geometry, softmax_scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *geometry)
+    ctx.softmax_scale = softmax_scale
+    ctx.set_materialize_grads(False)
 
 
-class _Attention(_Derived):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return ops.attention.default(*inputs)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *table_and_past, softmax_scale = inputs
-        ctx.table, past = table_and_past[:_NUM_TABLE], table_and_past[_NUM_TABLE:]
-        ctx.save_for_backward(q, k, v, *output, *past)
-        ctx.softmax_scale = softmax_scale
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *past = ctx.saved_tensors
-        nothing = (None,) * (_NUM_TABLE + len(past) + 1)
-        if grad_out is None and grad_lse is None:
-            return (None, None, None, *nothing)
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        arguments = (grad_out, grad_lse, q, k, v, out, lse, *ctx.table, *past, ctx.softmax_scale)
-        if torch.compiler.is_compiling():
-            return (*ops.attention_backward(*arguments), *nothing)
-        differentiate = _AttentionBackward.apply_now if torch.is_grad_enabled() else _AttentionBackward.forward
-        return (*differentiate(*arguments), *nothing)
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *geometry = ctx.saved_tensors
+    nothing = (None,) * (_NUM_GEOMETRY + 1)
+    if grad_out is None and grad_lse is None:
+        return (None, None, None, *nothing)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = call(ops.attention_backward, grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
+    return (*grads, *nothing)
 
 
-class _AttentionBackward(_Derived):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return ops.attention_backward.default(*inputs)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(*_: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(*_: Any) -> None:
-        raise NotImplementedError("attention can be differentiated once, but not twice")
+def _no_second_derivative(*_: Any) -> None:
+    raise NotImplementedError("attention can be differentiated once, but not twice")
 
 
-def _register(name: str, derived: type[_Derived]) -> None:
-    torch.library.register_autograd(f"selfforcing::{name}", derived.backward, setup_context=derived.setup_context)
-
-
-_register("attention", _Attention)
-_register("attention_backward", _AttentionBackward)
+register_autograd("attention", _backward, _setup_context)
+register_autograd("attention_backward", _no_second_derivative)

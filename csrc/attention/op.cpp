@@ -176,9 +176,7 @@ Tensor workspace(AttentionParams& p, int64_t bytes, const Tensor& like) {
   return memory;
 }
 
-Tensor empty_like_contiguous(const Tensor& tensor) {
-  return empty_tensor(tensor.sizes(), tensor.scalar_type(), tensor);
-}
+Tensor empty_like_contiguous(const Tensor& tensor) { return new_tensor(tensor.sizes(), tensor); }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_starts,
                                      const Tensor& span_offsets, const Tensor& spans, const Tensor& key_starts,
@@ -191,7 +189,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   AttentionParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
   Tensor out = empty_like_contiguous(q);
-  Tensor lse = empty_tensor(std::array<int64_t, 3>{q.size(0), q.size(2), q.size(1)}, ScalarType::Float, q);
+  Tensor lse = empty_floats<3>({q.size(0), q.size(2), q.size(1)}, q);
   if (q.numel() == 0) return {out, lse};
   p.out = mutable_heads(out);
   p.lse = lse.mutable_data_ptr<float>();
