@@ -147,7 +147,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
     most_lanes = chunk.lanes > most_lanes ? chunk.lanes : most_lanes;
   });
   const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, threads = p.parallel.num_threads;
-  plan.key_parts = heads < threads ? static_cast<int32_t>(threads / heads) : 1;
+  plan.key_parts = heads > 0 && heads < threads ? static_cast<int32_t>(threads / heads) : 1;
   for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile&) { ++plan.num_tiles; });
   for (int batch = 0; batch < p.batch; ++batch) {
     const int64_t past = VisibleKeys<Op>(p, batch, 0, -1).count();
@@ -172,7 +172,7 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   Arena one_slot(nullptr), one_worker(nullptr);
   for (int head = 0; head < p.num_heads / p.num_kv_heads; ++head) take_head_buffers<Op>(one_slot, plan, p.head_dim);
   take_tile_buffers<Op>(one_worker, plan, p.head_dim);
-  plan.slot_bytes = one_slot.used();
+  plan.slot_bytes = one_slot.used() > 0 ? one_slot.used() : 1;
   plan.worker_bytes = one_worker.used();
 
   const int64_t most_slots = kMostPackedBytes / plan.slot_bytes, few_slots = kFewPackedBytes / plan.slot_bytes;

@@ -118,16 +118,17 @@ ForwardDivision divide_forward(const AttentionParams& p, int most_lanes) {
   const int group = p.num_heads / p.num_kv_heads, threads = p.parallel.num_threads;
   const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   ForwardDivision best;
+  if (most_lanes == 0) return best;  // no queries
   double best_time = -1;
+  bool enough = false;
   const int fewest = most_lanes <= kForwardUnitLanes ? 1 : (most_lanes + kForwardUnitLanes - 1) / kForwardUnitLanes;
-  for (int pieces = fewest; pieces * kLanes <= most_lanes || pieces == fewest; ++pieces) {
+  for (int pieces = fewest; pieces * kLanes <= most_lanes && !enough; ++pieces) {
     ForwardDivision division;
     division.unit_lanes = round_up((most_lanes + pieces - 1) / pieces, kLanes);
     division.unit_heads =
         kForwardUnitLanes / division.unit_lanes < group ? kForwardUnitLanes / division.unit_lanes : group;
     if (division.unit_heads < 1) division.unit_heads = 1;
-    bool enough = false;
-    for (; division.unit_heads > 0; division.unit_heads /= 2) {
+    for (; division.unit_heads > 0 && !enough; division.unit_heads /= 2) {
       const int64_t sets = kv_heads * ((group + division.unit_heads - 1) / division.unit_heads);
       int64_t items = 0, most_keys = 0;
       double sum = 0, most = 0, least = 0;
@@ -152,10 +153,8 @@ ForwardDivision divide_forward(const AttentionParams& p, int most_lanes) {
         if (best_time < 0 || time < best_time) best = division, best_time = time;
         if (items * parts >= kForwardItemsPerThread * threads) break;
       }
-      enough = enough || items >= kForwardItemsPerThread * threads;
-      if (enough) break;
+      enough = items >= kForwardItemsPerThread * threads;
     }
-    if (enough) break;
   }
   return best;
 }
