@@ -12,7 +12,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # Compilation and a loaded machine make single examples slow; the same examples every time make failures repeatable.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 # For a search that takes minutes and looks at other examples every time; a failure prints how to repeat it.
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=3000, print_blob=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=5000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
