@@ -244,6 +244,10 @@ def test_gan_losses_are_their_definitions(relativistic):
         expected = -real_logit.sigmoid().log().mean() - (1 - fake_logit.sigmoid()).log().mean()
     penalty = 2.0 * (noises[2] * discriminator.slope).flatten(1).sum(1).square().mean()
     torch.testing.assert_close(loss, 0.25 * expected + penalty)
+    fake.grad = None
+    loss.backward()
+    assert fake.grad is None
+    assert discriminator.slope.grad.any()
     torch.testing.assert_close(log["r1"], penalty.detach())
     assert "r2" not in log
 

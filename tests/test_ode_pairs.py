@@ -88,6 +88,16 @@ def test_interrupted_work_goes_on(make, tmp_path):
     assert len(OdePairs(tmp_path / "resumed")) == 10
 
 
+def test_a_pair_depends_on_its_number_alone(make, tmp_path):
+    """Not on its batch; and no two pairs are alike."""
+    assert make("threes", 6) == 0
+    assert make("twos", 6, "--batch-size", "2") == 0
+    trajectories = [torch.stack([pair for pair, _ in OdePairs(tmp_path / name)]) for name in ("threes", "twos")]
+    assert relative_error(*trajectories) < 1e-5
+    starts = trajectories[0][:, 0].flatten(1)
+    assert (torch.cdist(starts, starts) > 1).sum() == 6 * 5
+
+
 def test_more_pairs_fill_a_short_shard(make, tmp_path):
     assert make("pairs", 5) == 0
     assert len(OdePairs(tmp_path / "pairs")) == 5
