@@ -14,6 +14,7 @@ from python_ref.objectives.dmd import DMD
 from python_ref.objectives.gan import GAN
 from python_ref.objectives.ode_regression import ODERegression
 from python_ref.objectives.sid import SID
+from python_ref.precision import network_precision
 from python_ref.schedule import FlowMatchSchedule
 from selfforcing_ext.mask import BlockCausalMask
 
@@ -267,6 +268,17 @@ def test_discriminator_learns_to_tell_videos_apart(backend):
         assert discriminator.model.patch_embedding.weight.grad.any()
         optimizer.step()
     assert log["real_logit"] > log["fake_logit"] + 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_discriminator_keeps_its_logits_wide_under_autocast(backend):
+    latents, context, _ = inputs()
+    discriminator = Discriminator(make(WanModel, backend), layers=[0])
+    t = torch.tensor([300.0, 600.0])
+    with network_precision("bf16"):
+        logits = discriminator(latents, t, context)
+    assert logits.dtype == torch.float32
+    assert relative_error(logits, discriminator(latents, t, context)) < 0.05
 
 
 @pytest.mark.parametrize("layers", [(), (0, 1), (-1,)])

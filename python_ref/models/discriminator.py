@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from python_ref.models.wan import EncodedContext, WanModel
 from python_ref.models.wan_layers import CrossAttention, LayerNorm, WanConfig, wide
+from python_ref.precision import without_autocast
 
 PUBLISHED_LAYERS = (13, 21, 29)  # of 30
 TIME_SCALE = 10.0  # of the embedded timestep beside the registers
@@ -105,7 +106,10 @@ class Discriminator(nn.Module):
         ]
         if self.sees_time:
             read.append(TIME_SCALE * time)
-        return self._cls_pred_branch(torch.cat(read, dim=1).flatten(1))
+        # In the weights' dtype even under autocast: penalties are differences of logits, which rounding would swamp.
+        with without_autocast(x.device.type):
+            weight = self._cls_pred_branch[0].weight
+            return self._cls_pred_branch(torch.cat(read, dim=1).flatten(1).to(weight.dtype))
 
     def _features(self, x: Tensor, t: Tensor, context: Tensor | EncodedContext) -> tuple[list[Tensor], Tensor]:
         """Tokens [B, L, dim] after each of ``layers``, and the embedded timestep [B, 1, dim]."""
