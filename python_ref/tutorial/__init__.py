@@ -1,0 +1,1 @@
+"""Self-Forcing to learn from: docs/tutorial.md walks through it."""
