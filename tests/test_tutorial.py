@@ -237,8 +237,8 @@ def test_pictures_are_drawn_and_leave_no_trace(name: str, tmp_path: Path):
 
 
 def test_the_explanation_names_what_matters(capsys: pytest.CaptureFixture[str]):
-    text = algorithm.explain_self_forcing()
-    assert capsys.readouterr().out.strip() == text.strip()
+    algorithm.explain_self_forcing()
+    text = capsys.readouterr().out
     for word in ("2506.08009", "exposure bias", "exit", "cache", "critic", "window", "sink"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120

@@ -18,7 +18,7 @@ with the same cache; a loss then judges the finished video. The past of each blo
 it learns to go on from there.
 
 WHY THAT IS AFFORDABLE
-1. Few steps. The model starts from one that can already denoise, and uses 4 denoising steps, not 50.
+1. Few steps. The model starts from one that can already denoise, and takes 4 denoising steps per block, not 50.
 2. One random exit. All blocks stop at the same step s, drawn at random, and its prediction of the clean block is the
    block. Only that step gets gradient; the steps before it run without. Over many draws every step is trained.
 3. A constant past. A finished block goes through the model once more, as clean input, and its keys and values are
@@ -48,14 +48,14 @@ ONE TRAINING STEP
     loss(all x0).backward(); update the generator
     update the critic on generated videos                    # several times for each update of the generator
 
-WHAT IT DOES NOT DO
-It does not make the model larger or inference slower: both stay as they are. It needs a teacher for the DMD loss, and
-each training step costs a rollout. Rollouts far beyond the length of training are outside of what was trained; a window
-helps, and training on long rollouts helps more.
+WHAT IT COSTS
+Nothing in use: model and inference stay as they are. In training, a rollout for each step, and for the DMD loss a teacher
+and a critic. And what lies beyond the rollouts of training is as untrained as ever: a longer past than any that the model
+has met makes it drift. A window as long as the videos of training keeps the past short; training on long rollouts helps
+too.
 """
 
 
-def explain_self_forcing() -> str:
-    """Prints what Self-Forcing is, and returns the text."""
+def explain_self_forcing() -> None:
+    """Prints what Self-Forcing is and why it works, on one page."""
     print(EXPLANATION)
-    return EXPLANATION
