@@ -216,6 +216,8 @@ def draw(name: str, path: Path) -> Path:
     pipeline, (noise, condition) = make_pipeline(), make_inputs()
     if name in ("visualize_autoregressive_generation", "visualize_denoising_process"):
         return getattr(algorithm, name)(pipeline, noise, condition, path)
+    if name == "visualize_videos":
+        return algorithm.visualize_videos({"one": noise[0], "another": noise[1]}, path, frames_per_block=2)
     if name == "visualize_attention_by_frame":
         mask = BlockCausalMask(6, small_model.FRAME_SEQLEN, 2)
         return algorithm.visualize_attention_by_frame(pipeline.generator, noise, condition["prompt_embeds"], mask, path)

@@ -16,6 +16,7 @@ from python_ref.tutorial.algorithm.explanation import explain_self_forcing
 from python_ref.tutorial.algorithm.generation_pictures import (
     visualize_autoregressive_generation,
     visualize_denoising_process,
+    visualize_videos,
 )
 from python_ref.tutorial.algorithm.loss import SelfForcingLoss
 from python_ref.tutorial.algorithm.pipeline import SimplifiedSelfForcingPipeline
@@ -35,4 +36,5 @@ __all__ = [
     "visualize_autoregressive_generation",
     "visualize_denoising_process",
     "visualize_kv_cache_growth",
+    "visualize_videos",
 ]

@@ -108,6 +108,35 @@ def visualize_denoising_process(
     )
 
 
+@in_tutorial_style
+def visualize_videos(
+    videos: Mapping[str, Tensor],  # [F, C, H, W] each
+    path: str | Path,
+    frames_per_block: int = 3,
+) -> Path:
+    """Draws videos of one length as rows of frames, their names in front and gaps between their blocks.
+
+    Args:
+        videos: from names.
+        path: the PNG.
+        frames_per_block: frames between two gaps.
+
+    Returns:
+        The path.
+    """
+    rows = [video.split(frames_per_block) for video in videos.values()]
+    figure = new_figure(1.3 * len(rows[0]) + 1.6, 0.52 * len(rows) + 0.6)
+    axes = new_axes(figure, len(rows), len(rows[0]))
+    for row, (name, blocks) in enumerate(zip(videos, rows, strict=True)):
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=6)
+        for axis, block in zip(axes[row], blocks, strict=True):
+            show_frames(axis, block)
+            axis.spines[:].set_visible(False)
+    for block, axis in enumerate(axes[0]):
+        axis.set_title(f"block {block + 1}", fontsize=10, weight="normal")
+    return save(figure, path)
+
+
 def _denoising_calls(
     pipeline: SimplifiedSelfForcingPipeline, noise: Tensor, conditional_dict: Mapping[str, Tensor]
 ) -> Sequence[list[ModelCall]]:

@@ -73,7 +73,14 @@ class SimplifiedSelfForcingPipeline:
         noise: Tensor,  # [B, F, C, H, W]
         conditional_dict: Mapping[str, Tensor],
     ) -> Tensor:  # [B, F, C, H, W]
-        """The same without gradient and through all denoising steps: inference. Arguments and errors as above."""
+        """Videos by inference itself: through all denoising steps, without gradient.
+
+        Args:
+            noise, conditional_dict: as in ``simulate_inference``.
+
+        Raises:
+            KeyError, ValueError: as there.
+        """
         return self.inference.generate(noise, prompt_embeds(conditional_dict), default_noise())
 
 
