@@ -229,7 +229,7 @@ def test_pictures_are_drawn_and_leave_no_trace(name: str, tmp_path: Path):
     settings = dict(plt.rcParams)
     path = draw(name, tmp_path / "new" / "picture.png")
     with Image.open(path) as picture:
-        assert min(picture.size) > 200
+        assert min(picture.size) > 150
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
     assert not plt.get_fignums()
     assert dict(plt.rcParams) == settings

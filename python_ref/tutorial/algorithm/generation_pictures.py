@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from python_ref.tutorial.algorithm.pipeline import SimplifiedSelfForcingPipeline
@@ -96,7 +97,7 @@ def visualize_denoising_process(
         outline(given, MUTED, 1.0)
         outline(predicted, MUTED, 1.0)
         _arrow(given, predicted, (0.5, 0.0), (0.5, 1.0))
-    for before, after in zip(axes[1], axes[0, 1:], strict=False):
+    for before, after in zip(axes[1, :-1], axes[0, 1:], strict=True):
         _arrow(before, after, (1.0, 0.6), (0.0, 0.4), ACCENT)
     outline(axes[1, -1], ACCENT)
     for axis, label in zip(axes[:, 0], ("given\n$x_t$", "predicted\n$x_0$"), strict=True):
@@ -150,7 +151,9 @@ def _denoising_calls(
     return blocks
 
 
-def _arrow(start, end, start_at, end_at, colour: str = INK) -> None:
+def _arrow(
+    start: Axes, end: Axes, start_at: tuple[float, float], end_at: tuple[float, float], colour: str = INK
+) -> None:
     """From a point of one axis to a point of another, in fractions of the axes."""
     end.annotate(
         "",
