@@ -226,13 +226,12 @@ def draw(name: str, path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in algorithm.__all__ if name.startswith(("visualize", "create"))])
 def test_pictures_are_drawn_and_leave_no_trace(name: str, tmp_path: Path):
-    settings = dict(plt.rcParams)
+    before = dict(plt.rcParams), plt.get_fignums()
     path = draw(name, tmp_path / "new" / "picture.png")
     with Image.open(path) as picture:
         assert min(picture.size) > 150
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
-    assert not plt.get_fignums()
-    assert dict(plt.rcParams) == settings
+    assert (dict(plt.rcParams), plt.get_fignums()) == before
 
 
 # ---- Words
