@@ -1,6 +1,6 @@
 """A discriminator on the features of a video model: is a noised video real or generated?
 
-Source: Self-Forcing (arXiv 2506.08009), section 3.3 and its published code, after APT (arXiv 2501.08316), section 3.2:
+Source: Self-Forcing (arXiv 2506.08009), section 3.3 and its published code, after APT (arXiv 2501.08316):
 learned register tokens gather the features of a few layers by cross-attention. Parameter names are the published ones.
 """
 
