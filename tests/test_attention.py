@@ -454,6 +454,18 @@ def test_op_refuses_bad_arguments(arguments, message):
         torch.ops.selfforcing.attention(**arguments)
 
 
+def test_op_refuses_offsets_beyond_the_spans():
+    """The first and the last offset are right; nothing may be read where the one between points."""
+    good = next(iter(bad_op_arguments()))[1] | {"q": torch.zeros(1, 6, 4, 16)}
+    wrong = {
+        "block_starts": torch.tensor([0, 3, 6], dtype=torch.int32),
+        "span_offsets": torch.tensor([0, 2**31 - 1, 0], dtype=torch.int32),
+        "spans": torch.empty(0, 2, dtype=torch.int32),
+    }
+    with pytest.raises(RuntimeError, match="block 1 of the span table ends before it starts"):
+        torch.ops.selfforcing.attention(**good | wrong)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """The accuracy tests again in a process of their own, where SELFFORCING_CPU_ISA holds."""
