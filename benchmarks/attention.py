@@ -32,6 +32,7 @@ from peers import Attention, flex, sdpa, sdpa_per_block, sdpa_per_span
 from selfforcing_ext import BlockCausalMask, block_causal_attention
 
 ONE_THREAD = "ours, 1 thread"
+SHORTEST_TURN = 3e-3  # seconds: short calls are repeated, so that waking the threads counts once and not every time
 
 
 @dataclass(frozen=True)
@@ -120,29 +121,37 @@ class Run:
     """One pass of one attention on given inputs; the graph of a backward pass is made once."""
 
     def __init__(self, attend: Attention, pass_name: str, inputs: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> None:
+        if pass_name == "forward":  # FlexAttention refuses inputs with gradient on the CPU, even under no_grad
+            inputs = tuple(x.detach() for x in inputs)
         self.attend, self.pass_name, self.inputs, self.grad = attend, pass_name, inputs, grad
         self.out = attend(*inputs) if pass_name == "backward" else None
 
     def __call__(self) -> None:
         if self.pass_name == "forward":
-            with torch.no_grad():
-                self.attend(*self.inputs)
+            self.attend(*self.inputs)
             return
         out = self.attend(*self.inputs) if self.out is None else self.out
         torch.autograd.grad(out, self.inputs, self.grad, retain_graph=self.out is not None)
+
+
+def once(function: Callable[[], object], calls: int) -> float:
+    """Seconds of a call, of so many in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
 
 
 def medians(functions: dict[str, Callable[[], object]], rates: dict[str, Callable[[], float]], seconds: float) -> dict:
     """Median seconds of each function and median rate of each ceiling, all of them in turns for about ``seconds``."""
     for function in functions.values():
         function()
+    calls = {name: 1 + int(SHORTEST_TURN / once(function, 1)) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in (*functions, *rates)}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(once(function, calls[name]))
         for name, run in rates.items():
             samples[name].append(rate(run))
     return {name: statistics.median(values) for name, values in samples.items()}
