@@ -4,21 +4,34 @@
 
 STABLE_TORCH_LIBRARY(selfforcing, m) {
   // Span tables (int32, from selfforcing_ext/mask.py): block_starts, span_offsets [N + 1], spans [S, 2]; key_starts,
-  // query_span_offsets, query_spans are their transpose. Past: pages [P, page_size, H_kv, D], page_table [B, T],
-  // past_spans [B, S, 2].
+  // query_span_offsets, query_spans are their transpose. Past (csrc/geometry/pages.h): pages [P, page_size, H_kv, D],
+  // page_table [B, T], past_spans [B, G, S, 4]; quantised pages have scales [P, page_size, H_kv, groups] and may have
+  // k_offset [H_kv, D]; rope_table [entries, 2] and rope_grid (frames, rows, columns) rotate keys when they are read.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor block_starts, Tensor span_offsets, Tensor spans, "
       "Tensor key_starts, Tensor query_span_offsets, Tensor query_spans, Tensor? k_pages, Tensor? v_pages, "
-      "Tensor? page_table, Tensor? past_spans, float softmax_scale) -> (Tensor out, Tensor lse)");
+      "Tensor? page_table, Tensor? past_spans, Tensor? k_scales, Tensor? v_scales, Tensor? k_offset, "
+      "Tensor? rope_table, int[] rope_grid, float softmax_scale) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor block_starts, Tensor span_offsets, Tensor spans, Tensor key_starts, Tensor query_span_offsets, "
       "Tensor query_spans, Tensor? k_pages, Tensor? v_pages, Tensor? page_table, Tensor? past_spans, "
+      "Tensor? k_scales, Tensor? v_scales, Tensor? k_offset, Tensor? rope_table, int[] rope_grid, "
       "float softmax_scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  // The same, and the gradients of the past are added to k_grad_pages and v_grad_pages, float32 [P', page_size, H_kv,
+  // D], where grad_page_table [B, T] says; -1 there: not wanted.
+  m.def(
+      "attention_backward_through_past(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor block_starts, Tensor span_offsets, Tensor spans, Tensor key_starts, "
+      "Tensor query_span_offsets, Tensor query_spans, Tensor? k_pages, Tensor? v_pages, Tensor? page_table, "
+      "Tensor? past_spans, Tensor? k_scales, Tensor? v_scales, Tensor? k_offset, Tensor? rope_table, int[] rope_grid, "
+      "float softmax_scale, Tensor(a!) k_grad_pages, Tensor(b!) v_grad_pages, Tensor grad_page_table) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 
+  // Into quantised pages (int8, float8_e4m3fn or uint8) what is written is rounded, see csrc/geometry/pages.h.
   m.def(
       "kv_cache_write(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor write_start, Tensor k, "
-      "Tensor v) -> ()");
+      "Tensor v, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, Tensor? k_offset=None) -> ()");
   // The host's part of a cache (selfforcing_ext/kv_cache.py) as ops, so that a compiled graph can contain it: they
   // change the page table of the cache with this handle and bring the tensors that say where things are up to date; pin
   // copies these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.
@@ -30,7 +43,7 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
   m.def("kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor handle) -> (Tensor page_table, Tensor past_spans)");
   m.def("kv_cache_position(Tensor position) -> Tensor");
 
-  // start_frame: int32 [1], on the device so that a captured graph replays with new positions.
+  // start_frame: int32 [1] or [B], on the device so that a captured graph replays with new positions.
   m.def("rope_3d(Tensor x, Tensor start_frame, int[] grid, bool inverse) -> Tensor");
   m.def(
       "qk_norm_rope(Tensor x, Tensor weight, Tensor start_frame, int num_heads, int[] grid, float eps) "

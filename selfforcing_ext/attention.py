@@ -6,7 +6,8 @@ online as in FlashAttention-2 (arXiv 2307.08691).
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -70,22 +71,51 @@ def block_causal_attention(
     return (out, lse) if return_lse else out
 
 
+class Past(NamedTuple):
+    """Cached keys and values of one layer, as the op takes them (csrc/geometry/pages.h)."""
+
+    k_pages: Tensor  # [P, page_size, H_kv, D]; quantised int8, float8_e4m3fn, or uint8 [.., D / 2] for int4
+    v_pages: Tensor
+    page_table: Tensor  # int32 [B, T]
+    spans: Tensor  # int32 [B, G, S, 4], see span_records; G is 1 or H_kv
+    k_scales: Tensor | None = None  # of quantised pages: bfloat16 [P, page_size, H_kv, 1 (int4: D / 32)]
+    v_scales: Tensor | None = None
+    k_offset: Tensor | None = None  # float32 [H_kv, D]
+    rope_table: Tensor | None = None  # float32 [entries, 2]: keys are rotated when read
+    rope_grid: Sequence[int] = ()  # its positions along frames, rows and columns
+
+
+NO_PAST = (None,) * (len(Past._fields) - 1) + ((),)
+
+
+def span_records(spans: Tensor, bias: Tensor | float = 0.0, first_token: Tensor | int = 0) -> Tensor:
+    """Spans [..., S, 2] of positions as the op takes them: int32 [..., S, 4].
+
+    Args:
+        spans: half-open, sorted and disjoint; empty ones have start == end.
+        bias: added to the scores, natural units; broadcasts to [..., S].
+        first_token: with ``rope_table``: the number of each span's first token, counted from frame 0 of the table.
+    """
+    shape = spans.shape[:-1]
+    biases = torch.as_tensor(bias, dtype=torch.float32, device=spans.device).expand(shape).contiguous()
+    tokens = torch.as_tensor(first_token, dtype=torch.int32, device=spans.device).expand(shape)
+    return torch.cat((spans.int(), tokens.unsqueeze(-1), biases.view(torch.int32).unsqueeze(-1)), dim=-1)
+
+
 def attention_over_spans(
     q: Tensor,  # [B, Lq, H, D]
     k: Tensor,  # [B, Lk, H_kv, D]
     v: Tensor,  # [B, Lk, H_kv, D]
     table: SpanTable,
-    past: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    past: Past | None = None,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op behind the public functions: out [B, Lq, H, D] and lse [B, H, Lq].
 
-    ``past`` is (k_pages, v_pages [P, page_size, H_kv, D], page_table int32 [B, T], past_spans int32 [B, S, 2]): keys
-    that every query sees besides those of the table, constant to autograd.
+    ``past``: keys that every query sees besides those of the table, constant to autograd.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    pages = (None, None, None, None) if past is None else past
-    out, lse = call(ops.attention, q, k, v, *table.tensors(), *pages, scale)
+    out, lse = call(ops.attention, q, k, v, *table.tensors(), *(past or NO_PAST), scale)
     return out, lse
 
 
@@ -154,14 +184,15 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_NUM_GEOMETRY = 10  # arguments after q, k, v: six of the span table, four of the past
+torch.library.register_fake("selfforcing::attention_backward_through_past", _attention_backward_fake)
+
+_NUM_GEOMETRY = 6 + len(Past._fields)  # arguments after q, k, v: the span table, the past
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *geometry, softmax_scale = inputs
+    q, k, v, *geometry, ctx.rope_grid, ctx.softmax_scale = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *geometry)
-    ctx.softmax_scale = softmax_scale
     ctx.set_materialize_grads(False)
 
 
@@ -172,8 +203,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return (None, None, None, *nothing)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = call(ops.attention_backward, grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.softmax_scale)
-    return (*grads, *nothing)
+    arguments = (grad_out, grad_lse, q, k, v, out, lse, *geometry, ctx.rope_grid, ctx.softmax_scale)
+    return (*call(ops.attention_backward, *arguments), *nothing)
 
 
 def _no_second_derivative(*_: Any) -> None:

@@ -15,11 +15,12 @@ import itertools
 import os
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfforcing_ext.attention import attention_over_spans, full_table, op_inputs
+from selfforcing_ext.attention import Past, attention_over_spans, full_table, op_inputs, span_records
 from selfforcing_ext.checks import FLOAT_DTYPES, check_head_dim, check_heads, dtype_name
 from selfforcing_ext.library import PageTable, nvtx_range, ops
 from selfforcing_ext.mask import check_window
@@ -126,7 +127,7 @@ class PagedKVCache:
         self._write_start = torch.zeros(batch_size, dtype=torch.int32, device=device)
         # Every block length has its own visible past. A window admits a few lengths; without one all see the same.
         block_lengths = 1 if window_frames is None else window_frames - sink_frames
-        self._past_spans = torch.zeros(block_lengths, batch_size, 2, 2, dtype=torch.int32, device=device)
+        self._past_spans = torch.zeros(block_lengths, batch_size, 1, 2, 4, dtype=torch.int32, device=device)
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
         self._grow(batch_size * row_pages)
 
@@ -329,7 +330,7 @@ class PagedKVCache:
             )
 
     def _spans_of(self, num_frames: int, past_spans: Tensor) -> Tensor:
-        """The past of a block of this length, int32 [B, 2, 2]."""
+        """The past of a block of this length, int32 [B, 1, 2, 4]."""
         return past_spans[0 if self.window_frames is None else num_frames - 1]
 
     # ---- The host's part: the page table, and the tensors that mirror it
@@ -426,10 +427,10 @@ class PagedKVCache:
         write_start.fill_(self._table.position(0, self._num_frames * self.frame_seqlen))
 
     def _mirror_spans(self, past_spans: Tensor) -> None:
-        """Brings the visible past [block lengths, B, 2, 2] up to date."""
+        """Brings the visible past [block lengths, B, 1, 2, 4] up to date."""
         first_visible = [self._first_visible(length) for length in range(1, past_spans.shape[0] + 1)]
         spans = self._table.spans(0, first_visible, self._num_frames * self.frame_seqlen)
-        past_spans.copy_(_on_host(spans, torch.int32).unsqueeze(1))
+        past_spans.copy_(span_records(_on_host(spans, torch.int32))[:, None, None])
 
 
 class KVCacheView:
@@ -487,7 +488,7 @@ def _attend(
     past_spans: Tensor,
 ) -> Tensor:
     """A block over its own k and v, and over the past."""
-    past = k_pages, v_pages, page_table, past_spans
+    past = Past(k_pages, v_pages, page_table, past_spans)
     out, _ = attention_over_spans(q, k, v, full_table(q.shape[1], k.shape[1], q.device), past, softmax_scale)
     return out
 
@@ -540,7 +541,7 @@ def _position_op(position: Tensor) -> Tensor:
 
 @torch.library.register_fake("selfforcing::kv_cache_write")
 def _write_fake(
-    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, write_start: Tensor, k: Tensor, v: Tensor
+    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, write_start: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> None:
     """Changes nothing that a trace can see."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfforcing_ext.attention import Past, span_records
 from selfforcing_ext.mask import BlockCausalMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,10 +126,8 @@ class PagedCase:
         spans = "_".join("+".join(f"{start}to{end}" for start, end in stream) for stream in self.past_spans)
         return f"{self.num_queries}on{spans}-page{self.page_size}-h{self.heads}of{self.kv_heads}-d{self.head_dim}"
 
-    def inputs(
-        self, dtype: torch.dtype = torch.float32, seed: int = 0
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(q, k, v) of the block, and (k_pages, v_pages, page_table, past_spans), pages in random order."""
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], Past]:
+        """(q, k, v) of the block, and its past, pages in random order."""
         generator = torch.Generator().manual_seed(seed)
         batch = len(self.past_spans)
         block = AttentionCase(
@@ -145,18 +144,18 @@ class PagedCase:
                     page = page_table[stream, position // self.page_size]
                     for pool in pools:
                         pool[page, position % self.page_size] = torch.randn(shape[2:], generator=generator).to(dtype)
-        return block, (*pools, page_table, torch.tensor(self.past_spans, dtype=torch.int32))
+        return block, Past(*pools, page_table, span_records(torch.tensor(self.past_spans).unsqueeze(1)))
 
-    def gathered(self, block: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def gathered(self, block: tuple[Tensor, Tensor, Tensor], past: Past) -> list[tuple[Tensor, ...]]:
         """Per stream: q, and the visible keys and values in one piece, past first; all [1, L, H, D]."""
-        (q, k, v), (k_pages, v_pages, page_table, past_spans) = block, past
+        q, k, v = block
         streams = []
         for stream in range(q.shape[0]):
-            positions = [p for start, end in past_spans[stream].tolist() for p in range(start, end)]
+            positions = [p for start, end, *_ in past.spans[stream, 0].tolist() for p in range(start, end)]
             at = torch.tensor(positions, dtype=torch.long)
-            pages, offsets = page_table[stream].long()[at // self.page_size], at % self.page_size
-            keys = torch.cat([k_pages[pages, offsets], k[stream]])
-            values = torch.cat([v_pages[pages, offsets], v[stream]])
+            pages, offsets = past.page_table[stream].long()[at // self.page_size], at % self.page_size
+            keys = torch.cat([past.k_pages[pages, offsets], k[stream]])
+            values = torch.cat([past.v_pages[pages, offsets], v[stream]])
             streams.append((q[stream : stream + 1], keys[None], values[None]))
         return streams
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from python_ref.ops.attention import block_causal_attention as reference
 from python_ref.ops.attention import masked_softmax_attention
 from selfforcing_ext import BlockCausalMask, block_causal_attention
-from selfforcing_ext.attention import attention_over_spans, full_table
+from selfforcing_ext.attention import attention_over_spans, full_table, span_records
 from selfforcing_ext.mask import make_span_table
 
 #: lse is float32 whatever the inputs are: a few roundings of its sums.
@@ -402,6 +402,10 @@ def test_bad_input(arguments, error, message):
 def bad_op_arguments():
     """Changes to a good call of the op itself, which trusts nobody: (argument, its value, message)."""
     k_pages = torch.zeros(5, 8, 2, 16)
+
+    def records(spans: object) -> Tensor:
+        return span_records(torch.tensor([[spans]]))
+
     good = {
         "q": torch.zeros(1, 6, 4, 16),
         "k": torch.zeros(1, 6, 2, 16),
@@ -416,7 +420,9 @@ def bad_op_arguments():
         "k_pages": k_pages,
         "v_pages": k_pages.clone(),
         "page_table": torch.tensor([[3, 1]], dtype=torch.int32),
-        "past_spans": torch.tensor([[[0, 2], [5, 16]]], dtype=torch.int32),
+        "past_spans": records([[0, 2], [5, 16]]),
+        **dict.fromkeys(("k_scales", "v_scales", "k_offset", "rope_table")),
+        "rope_grid": [],
         "softmax_scale": 0.25,
     }
 
@@ -436,11 +442,11 @@ def bad_op_arguments():
         ("span_offsets", i32([0, 2]), "offsets of the span table run to 2"),
         ("spans", i32([[0, 7]]), r"is \[0, 7\), but spans must be sorted, disjoint and within \[0, 6\)"),
         ("v_pages", None, "must be given together or not at all"),
-        ("v_pages", torch.zeros(5, 8, 2, 16, dtype=torch.half), "v_pages is float16, but must be float32 like q"),
+        ("v_pages", torch.zeros(5, 8, 2, 16, dtype=torch.half), "v_pages is float16, but must be float32 like k_pages"),
         ("k_pages", torch.zeros(5, 8, 1, 16), r"k_pages has shape \[5, 8, 1, 16\], but must be"),
         ("page_table", i32([[3, 5]]), r"page_table\[0, 1\] is 5, but must be in \[0, 5\)"),
-        ("past_spans", i32([[[0, 2], [5, 17]]]), r"past_spans\[0, 1\] is \[5, 17\), but spans must be"),
-        ("past_spans", i32([[[0, 6], [5, 16]]]), r"past_spans\[0, 1\] is \[5, 16\), but spans must be"),
+        ("past_spans", records([[0, 2], [5, 17]]), r"past_spans\[0, 0, 1\] is \[5, 17\), but spans must be"),
+        ("past_spans", records([[0, 6], [5, 16]]), r"past_spans\[0, 0, 1\] is \[5, 16\), but spans must be"),
         ("softmax_scale", float("nan"), "softmax_scale is nan, but must be finite"),
     ):
         yield f"{name}: {message}", good | {name: value}, message

@@ -26,7 +26,7 @@ from python_ref.ops.attention import block_causal_attention as reference
 from python_ref.ops.attention import masked_softmax_attention
 from python_ref.ops.kv_cache import PagedKVCache as ReferenceCache
 from selfforcing_ext import BlockCausalMask, PagedKVCache, block_causal_attention
-from selfforcing_ext.attention import attention_over_spans, full_table
+from selfforcing_ext.attention import Past, attention_over_spans, full_table
 from selfforcing_ext.library import HAS_CUDA
 from selfforcing_ext.mask import make_span_table
 
@@ -200,19 +200,20 @@ def test_a_captured_graph_replays_with_new_positions():
     case = PAGED_CASES[0]
     block, past = case.inputs()
     q, k, v = (on_device(tensor) for tensor in block)
-    k_pages, v_pages, page_table, past_spans = (on_device(tensor) for tensor in past)
+    past = Past(*(on_device(tensor) for tensor in past[:4]))
+    recorded = past.spans.clone()
     table = full_table(case.num_queries, case.num_queries, DEVICE)
 
     def attend() -> Tensor:
-        return attention_over_spans(q, k, v, table, (k_pages, v_pages, page_table, past_spans))[0]
+        return attention_over_spans(q, k, v, table, past)[0]
 
     attend()  # warm-up outside of the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = attend()
-    for spans in (past[3], torch.zeros_like(past[3]), past[3] // 2):
-        past_spans.copy_(spans)
+    for spans in (recorded, torch.zeros_like(recorded), recorded // 2):
+        past.spans.copy_(spans)
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits(captured, attend(), "replayed")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from python_ref.ops.attention import masked_softmax_attention
 from selfforcing_ext import BlockCausalMask
-from selfforcing_ext.attention import attention_over_spans, full_table
+from selfforcing_ext.attention import Past, attention_over_spans, full_table, span_records
 from selfforcing_ext.mask import SpanTable, make_span_table
 
 Interval = tuple[int, int]
@@ -39,7 +39,7 @@ SCORE_UNITS = 4
 
 
 @dataclass(frozen=True)
-class Past:
+class DrawnPast:
     """Keys in pages: per stream the visible positions and the pages, drawn from a pool that holds more."""
 
     page_size: int
@@ -57,7 +57,7 @@ class Problem:
     heads: tuple[int, int]
     head_dim: int
     layouts: tuple[str, str, str, str]  # of q, k, v and the gradient of out
-    past: Past | None
+    past: DrawnPast | None
     batch: int
     scale: float | None
     size: float  # of q and k
@@ -114,14 +114,14 @@ def span_tables(draw: st.DrawFn) -> SpanTable:
 
 
 @st.composite
-def pasts(draw: st.DrawFn, batch: int) -> Past:
+def pasts(draw: st.DrawFn, batch: int) -> DrawnPast:
     page_size, row = draw(st.integers(1, 40)), draw(st.integers(1, 5))
     count = draw(st.integers(1, 3))
     spans = []
     for _ in range(batch):
         some = draw(intervals(page_size * row, count))
         spans.append(tuple(some + [(0, 0)] * (count - len(some))))
-    return Past(page_size, tuple(spans), tuple(draw(st.permutations(range((batch + 1) * row)))))
+    return DrawnPast(page_size, tuple(spans), tuple(draw(st.permutations(range((batch + 1) * row)))))
 
 
 @st.composite
@@ -168,8 +168,8 @@ def draw_tensors(p: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     return tensors[:3], tensors[3], torch.randn(p.batch, p.heads[0], lengths[0], generator=generator)
 
 
-def draw_pages(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """k_pages, v_pages, page_table and past_spans; pages hold NaN where nothing visible lies."""
+def draw_pages(p: Problem) -> Past | None:
+    """Pages hold NaN where nothing visible lies."""
     if p.past is None:
         return None
     generator = torch.Generator().manual_seed(p.seed + 1)
@@ -183,10 +183,10 @@ def draw_pages(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
             page, offset = table[stream, position // p.past.page_size], position % p.past.page_size
             values = torch.randn(2, *pools.shape[3:], generator=generator)
             pools[:, page, offset] = (values * torch.tensor([p.size, 1.0]).view(2, 1, 1)).to(p.dtype)
-    return pools[0], pools[1], table, torch.tensor(p.past.spans, dtype=torch.int32)
+    return Past(pools[0], pools[1], table, span_records(torch.tensor(p.past.spans).unsqueeze(1)))
 
 
-def past_of_stream(p: Problem, pages: tuple[Tensor, ...] | None, stream: int) -> tuple[Tensor, Tensor]:
+def past_of_stream(p: Problem, pages: Past | None, stream: int) -> tuple[Tensor, Tensor]:
     """Its visible keys and values in one piece, [positions, H_kv, D]."""
     if p.past is None or pages is None:
         nothing = torch.empty(0, p.heads[1], p.head_dim, dtype=p.dtype)
@@ -351,7 +351,9 @@ def test_wrong_tables_are_refused(forward, backward, page_table, past_spans, dty
         *(int32(values, *shape) for table in (forward, backward) for values, shape in zip(table, shapes, strict=True)),
         *pools,
         int32(page_table, 1, 3),
-        int32(past_spans, 1, -1, 2),
+        span_records(int32(past_spans, 1, 1, -1, 2)),
+        *(None,) * 4,
+        [],
         0.25,
     ]
     ops = torch.ops.selfforcing

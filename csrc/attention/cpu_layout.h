@@ -103,8 +103,8 @@ class VisibleKeys {
   // block < 0: the past alone.
   VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block) : p_(p), batch_(batch), kv_head_(kv_head) {
     if (p.past.k_pages != nullptr) {
-      past_span_ = p.past.spans + static_cast<int64_t>(batch) * p.past.num_spans * 2;
-      past_end_ = past_span_ + p.past.num_spans * 2;
+      past_span_ = p.past.spans_of(batch, kv_head);
+      past_end_ = past_span_ + p.past.num_spans;
     }
     if (block >= 0) {
       span_ = p.spans.spans + static_cast<int64_t>(p.spans.span_offsets[block]) * 2;
@@ -114,15 +114,15 @@ class VisibleKeys {
 
   int64_t count() const {
     int64_t total = -done_;
-    for (const int32_t* span = past_span_; span < past_end_; span += 2) total += span[1] - span[0];
+    for (const PastSpan* span = past_span_; span < past_end_; ++span) total += span->end - span->start;
     for (const int32_t* span = span_; span < end_; span += 2) total += span[1] - span[0];
     return total;
   }
 
   // The next run, of at most `most` keys; its count is 0 at the end.
   KeyRun<Op> next(int most) {
-    for (; past_span_ < past_end_; past_span_ += 2, done_ = 0) {
-      const int position = past_span_[0] + done_, left = past_span_[1] - position;
+    for (; past_span_ < past_end_; ++past_span_, done_ = 0) {
+      const int position = past_span_->start + done_, left = past_span_->end - position;
       if (left <= 0) continue;
       const PagedPast& past = p_.past;
       const int slot = position % past.page_size;
@@ -156,9 +156,9 @@ class VisibleKeys {
 
   const AttentionParams& p_;
   int batch_, kv_head_;
-  const int32_t *past_span_ = nullptr, *past_end_ = nullptr;  // spans of the past still to walk over
-  const int32_t *span_ = nullptr, *end_ = nullptr;            // spans of the call's own keys
-  int done_ = 0;                                              // keys of the current span
+  const PastSpan *past_span_ = nullptr, *past_end_ = nullptr;  // spans of the past still to walk over
+  const int32_t *span_ = nullptr, *end_ = nullptr;             // spans of the call's own keys
+  int done_ = 0;                                               // keys of the current span
 };
 
 // `count` things in as few tiles of at most `most` as possible, of nearly equal size: a multiple of kKeyMultiple.

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
   const float scale_log2 = params.softmax_scale * kLog2E;
   Accumulator<Tile::kQueries, kHeadDim> grad_q;
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
-  key_tiles.prepend(params.past, place.stream);
+  key_tiles.prepend(params.past, place.stream, place.kv_head);
   for (ColumnTile keys; key_tiles.next(keys);) {
     Fetch<Tile::kKeys, kHeadDim> fetch;
     fetch.load(keys.in_past ? paged_rows<float>(params.past, true, place.stream, place.kv_head)

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_forward_kernel(co
   RunningSoftmax<Tile::kQueries / kRowThreads> softmax;
   Accumulator<Tile::kQueries, kHeadDim> out;
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
-  key_tiles.prepend(params.past, place.stream);
+  key_tiles.prepend(params.past, place.stream, place.kv_head);
   for (ColumnTile keys; key_tiles.next(keys);) {
     Fetch<Tile::kKeys, kHeadDim> fetch;
     fetch.load(keys.in_past ? paged_rows<float>(params.past, false, place.stream, place.kv_head)

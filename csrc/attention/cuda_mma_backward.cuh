@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
   const float scale_log2 = params.softmax_scale * kLog2E;
   Fragments<1, kHeadDim / kFragmentColumns> grad_q;
   ColumnTiles<Tile::kColumns> key_tiles(params.spans, queries.block, params.num_keys);
-  key_tiles.prepend(params.past, place.stream);
+  key_tiles.prepend(params.past, place.stream, place.kv_head);
   stream_tiles<Tile::kStages, ColumnTile>(
       [&](ColumnTile& keys) { return key_tiles.next(keys); },
       [&](const ColumnTile& keys, int stage) {

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
   const int32_t kv_head = head / (params.num_heads / params.num_kv_heads);
 
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
-  key_tiles.prepend(params.past, stream);
+  key_tiles.prepend(params.past, stream, kv_head);
   key_tiles.take_every(split.parts, part);
   q_tile.copy(head_rows<const T>(params.q, stream, head), queries.start, queries.count, params.head_dim);
 

@@ -76,9 +76,9 @@ class ColumnTiles {
         num_spans_(table.span_offsets[block + 1] - table.span_offsets[block]),
         num_columns_(num_columns) {}
 
-  __device__ __forceinline__ void prepend(const PagedPast& past, int32_t stream) {
+  __device__ __forceinline__ void prepend(const PagedPast& past, int32_t stream, int32_t kv_head) {
     if (past.k_pages == nullptr) return;
-    past_spans_ = past.spans + 2 * static_cast<int64_t>(stream) * past.num_spans;
+    past_spans_ = past.spans_of(stream, kv_head);
     num_past_spans_ = past.num_spans;
   }
 
@@ -97,8 +97,8 @@ class ColumnTiles {
     while (position_ >= end_) {
       in_past_ = num_past_spans_ > 0;
       if (in_past_) {
-        position_ = past_spans_[0], end_ = past_spans_[1];
-        past_spans_ += 2, --num_past_spans_;
+        position_ = past_spans_->start, end_ = past_spans_->end;
+        ++past_spans_, --num_past_spans_;
       } else if (num_spans_ > 0) {
         position_ = spans_[0], end_ = min(spans_[1], num_columns_);
         spans_ += 2, --num_spans_;
@@ -111,7 +111,7 @@ class ColumnTiles {
     return true;
   }
 
-  const int32_t* past_spans_ = nullptr;
+  const PastSpan* past_spans_ = nullptr;
   const int32_t* spans_;
   int32_t num_past_spans_ = 0;
   int32_t num_spans_;

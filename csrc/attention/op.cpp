@@ -5,8 +5,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../kernel_call.h"
-#include "params.h"
+#include "op_past.h"
 
 namespace selfforcing {
 namespace {
@@ -15,16 +14,13 @@ constexpr int64_t kMaxHeadDim = 256, kHeadDimMultiple = 8;
 
 // Where the keys are: the arguments after q, k, v of both ops (csrc/ops.cpp).
 struct Geometry {
-  const Tensor& block_starts;               // [N + 1]
-  const Tensor& span_offsets;               // [N + 1]
-  const Tensor& spans;                      // [S, 2]
-  const Tensor& key_starts;                 // [M + 1]
-  const Tensor& query_span_offsets;         // [M + 1]
-  const Tensor& query_spans;                // [R, 2]
-  const std::optional<Tensor>& k_pages;     // [P, page_size, H_kv, D]
-  const std::optional<Tensor>& v_pages;     // [P, page_size, H_kv, D]
-  const std::optional<Tensor>& page_table;  // [B, T]
-  const std::optional<Tensor>& past_spans;  // [B, S, 2]
+  const Tensor& block_starts;        // [N + 1]
+  const Tensor& span_offsets;        // [N + 1]
+  const Tensor& spans;               // [S, 2]
+  const Tensor& key_starts;          // [M + 1]
+  const Tensor& query_span_offsets;  // [M + 1]
+  const Tensor& query_spans;         // [R, 2]
+  const PastArguments past;
 };
 
 SpanTable span_table(const Tensor& starts, const char* starts_name, const Tensor& offsets, const char* offsets_name,
@@ -42,43 +38,6 @@ SpanTable span_table(const Tensor& starts, const char* starts_name, const Tensor
   table.span_offsets = offsets.const_data_ptr<int32_t>();
   table.spans = spans.const_data_ptr<int32_t>();
   return table;
-}
-
-PagedPast paged_past(const Geometry& g, const Tensor& q, const Tensor& k) {
-  PagedPast past;
-  const bool given = g.k_pages.has_value();
-  check(given == g.v_pages.has_value() && given == g.page_table.has_value() && given == g.past_spans.has_value(),
-        "attention: k_pages, v_pages, page_table and past_spans must be given together or not at all");
-  if (!given) return past;
-  const int64_t batch = k.size(0), heads = k.size(2), head_dim = k.size(3);
-  check_shape(*g.k_pages, "attention: k_pages", "[P, page_size, H_kv, D]", {kAnySize, kAnySize, heads, head_dim});
-  check_shape(*g.v_pages, "attention: v_pages", "[P, page_size, H_kv, D] like k_pages",
-              {g.k_pages->size(0), g.k_pages->size(1), heads, head_dim});
-  for (const auto& [pages, name] :
-       {std::pair<const Tensor&, const char*>{*g.k_pages, "attention: k_pages"}, {*g.v_pages, "attention: v_pages"}}) {
-    check_same_dtype(pages, name, q, "q");
-    check_same_device(pages, name, q, "q");
-    check_last_dim_contiguous(pages, name);
-  }
-  check_shape(*g.page_table, "attention: page_table", "[B, T]", {batch, kAnySize});
-  check_shape(*g.past_spans, "attention: past_spans", "[B, S, 2]", {batch, kAnySize, 2});
-  check_index_tensor(*g.page_table, "attention: page_table", q, "q");
-  check_index_tensor(*g.past_spans, "attention: past_spans", q, "q");
-  past.k_pages = g.k_pages->const_data_ptr();
-  past.v_pages = g.v_pages->const_data_ptr();
-  past.k_page_stride = g.k_pages->stride(0);
-  past.k_token_stride = g.k_pages->stride(1);
-  past.k_head_stride = g.k_pages->stride(2);
-  past.v_page_stride = g.v_pages->stride(0);
-  past.v_token_stride = g.v_pages->stride(1);
-  past.v_head_stride = g.v_pages->stride(2);
-  past.page_size = size_int32(g.k_pages->size(1), "attention: page_size");
-  check(past.page_size > 0, "attention: page_size is 0, but must be at least 1");
-  past.page_table = g.page_table->const_data_ptr<int32_t>();
-  past.table_stride = g.page_table->size(1);
-  past.spans = g.past_spans->const_data_ptr<int32_t>();
-  past.num_spans = size_int32(g.past_spans->size(1), "attention: past_spans.size(1)");
-  return past;
 }
 
 #ifndef SELFFORCING_WITH_CUDA
@@ -105,27 +64,13 @@ void check_spans(const SpanTable& table, int64_t num_rows, int64_t num_columns, 
     }
   }
 }
-
-void check_past(const PagedPast& past, int64_t batch, int64_t num_pages) {
-  for (int64_t stream = 0; past.k_pages != nullptr && stream < batch; ++stream) {
-    int64_t previous_end = 0;
-    for (int64_t i = 0; i < past.num_spans; ++i) {
-      const int32_t* span = past.spans + 2 * (stream * past.num_spans + i);
-      const int64_t start = span[0], end = span[1];
-      if (start == end) continue;
-      check(previous_end <= start && start <= end && end <= past.table_stride * past.page_size,
-            "attention: past_spans[", stream, ", ", i, "] is [", start, ", ", end,
-            "), but spans must be sorted, disjoint and within the ", past.table_stride, " pages of page_table");
-      previous_end = end;
-      for (int64_t row = start / past.page_size; row * past.page_size < end; ++row) {
-        const int64_t page = past.page_table[stream * past.table_stride + row];
-        check(page >= 0 && page < num_pages, "attention: page_table[", stream, ", ", row, "] is ", page,
-              ", but must be in [0, ", num_pages, ")");
-      }
-    }
-  }
-}
 #endif
+
+// What no kernel reads yet.
+void check_supported(const PagedPast& past) {
+  check(past.format == PageFormat::elements, "attention: quantised pages are not supported yet");
+  check(past.rope_table == nullptr, "attention: rope_table is not supported yet");
+}
 
 // Everything but outputs and workspace.
 void fill_params(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Geometry& g,
@@ -161,10 +106,11 @@ void fill_params(AttentionParams& p, const Tensor& q, const Tensor& k, const Ten
   p.v = const_heads(v);
   p.spans = span_table(g.block_starts, "attention: block_starts", g.span_offsets, "attention: span_offsets", g.spans,
                        "attention: spans", q);
-  p.past = paged_past(g, q, k);
+  p.past = paged_past(g.past, q, k);
+  check_supported(p.past);
 #ifndef SELFFORCING_WITH_CUDA
   check_spans(p.spans, p.num_queries, p.num_keys, g.spans.size(0), "queries", "spans");
-  if (g.k_pages.has_value()) check_past(p.past, batch, g.k_pages->size(0));
+  if (g.past.given()) check_past(p.past, batch, g.past.k_pages->size(0));
   p.parallel = torch_threads();
 #endif
 }
@@ -185,9 +131,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& query_span_offsets, const Tensor& query_spans,
                                      const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
                                      const std::optional<Tensor>& page_table, const std::optional<Tensor>& past_spans,
-                                     double softmax_scale) {
-  const Geometry geometry{block_starts, span_offsets, spans,   key_starts, query_span_offsets,
-                          query_spans,  k_pages,      v_pages, page_table, past_spans};
+                                     const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                                     const std::optional<Tensor>& k_offset, const std::optional<Tensor>& rope_table,
+                                     const std::vector<int64_t>& rope_grid, double softmax_scale) {
+  const PastArguments past{k_pages,  v_pages,  page_table, past_spans, k_scales,
+                           v_scales, k_offset, rope_table, rope_grid};
+  const Geometry geometry{block_starts, span_offsets, spans, key_starts, query_span_offsets, query_spans, past};
   AttentionParams p;
   fill_params(p, q, k, v, geometry, softmax_scale);
   Tensor out = empty_like_contiguous(q);
@@ -200,16 +149,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& given_grad_out, const std::optional<Tensor>& given_grad_lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& span_offsets,
-    const Tensor& spans, const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
-    const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages, const std::optional<Tensor>& page_table,
-    const std::optional<Tensor>& past_spans, double softmax_scale) {
-  const Geometry geometry{block_starts, span_offsets, spans,   key_starts, query_span_offsets,
-                          query_spans,  k_pages,      v_pages, page_table, past_spans};
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of q, k, v
+
+// Where attention_backward_through_past adds the gradients of the past.
+struct GradPages {
+  Tensor &k_pages, &v_pages;
+  const Tensor& page_table;
+};
+
+Gradients differentiate(const Tensor& given_grad_out, const std::optional<Tensor>& given_grad_lse, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Geometry& g,
+                        double softmax_scale, const GradPages* grad_pages) {
   AttentionBackwardParams p;
-  fill_params(p, q, k, v, geometry, softmax_scale);
+  fill_params(p, q, k, v, g, softmax_scale);
   // Autograd may hand over anything, such as the expanded gradient of a sum.
   const Tensor grad_out = with_contiguous_last_dim(given_grad_out);
   std::optional<Tensor> grad_lse;
@@ -230,10 +182,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check_lse(lse, "attention_backward: lse");
   if (grad_lse.has_value()) check_lse(*grad_lse, "attention_backward: grad_lse");
   p.query_spans =
-      span_table(key_starts, "attention_backward: key_starts", query_span_offsets,
-                 "attention_backward: query_span_offsets", query_spans, "attention_backward: query_spans", q);
+      span_table(g.key_starts, "attention_backward: key_starts", g.query_span_offsets,
+                 "attention_backward: query_span_offsets", g.query_spans, "attention_backward: query_spans", q);
+  check(grad_pages == nullptr, "attention_backward_through_past is not supported yet");
+  if (grad_pages != nullptr)
+    p.past_grads = past_gradients(grad_pages->k_pages, grad_pages->v_pages, grad_pages->page_table, g.past, k);
 #ifndef SELFFORCING_WITH_CUDA
-  check_spans(p.query_spans, p.num_keys, p.num_queries, query_spans.size(0), "keys", "query_spans");
+  if (grad_pages != nullptr) check_past_gradients(p.past_grads, p.past, p.batch, grad_pages->k_pages.size(0));
+  check_spans(p.query_spans, p.num_keys, p.num_queries, g.query_spans.size(0), "keys", "query_spans");
 #endif
 
   Tensor grad_q = empty_like_contiguous(q), grad_k = empty_like_contiguous(k), grad_v = empty_like_contiguous(v);
@@ -258,10 +214,42 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   return {grad_q, grad_k, grad_v};
 }
 
+Gradients attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const Tensor& block_starts, const Tensor& span_offsets, const Tensor& spans,
+                             const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
+                             const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages,
+                             const std::optional<Tensor>& page_table, const std::optional<Tensor>& past_spans,
+                             const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                             const std::optional<Tensor>& k_offset, const std::optional<Tensor>& rope_table,
+                             const std::vector<int64_t>& rope_grid, double softmax_scale) {
+  const PastArguments past{k_pages,  v_pages,  page_table, past_spans, k_scales,
+                           v_scales, k_offset, rope_table, rope_grid};
+  const Geometry geometry{block_starts, span_offsets, spans, key_starts, query_span_offsets, query_spans, past};
+  return differentiate(grad_out, grad_lse, q, k, v, out, lse, geometry, softmax_scale, nullptr);
+}
+
+Gradients attention_backward_through_past(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& span_offsets, const Tensor& spans,
+    const Tensor& key_starts, const Tensor& query_span_offsets, const Tensor& query_spans,
+    const std::optional<Tensor>& k_pages, const std::optional<Tensor>& v_pages, const std::optional<Tensor>& page_table,
+    const std::optional<Tensor>& past_spans, const std::optional<Tensor>& k_scales,
+    const std::optional<Tensor>& v_scales, const std::optional<Tensor>& k_offset,
+    const std::optional<Tensor>& rope_table, const std::vector<int64_t>& rope_grid, double softmax_scale,
+    Tensor k_grad_pages, Tensor v_grad_pages, const Tensor& grad_page_table) {
+  const PastArguments past{k_pages,  v_pages,  page_table, past_spans, k_scales,
+                           v_scales, k_offset, rope_table, rope_grid};
+  const Geometry geometry{block_starts, span_offsets, spans, key_starts, query_span_offsets, query_spans, past};
+  const GradPages grad_pages{k_grad_pages, v_grad_pages, grad_page_table};
+  return differentiate(grad_out, grad_lse, q, k, v, out, lse, geometry, softmax_scale, &grad_pages);
+}
+
 }  // namespace
 }  // namespace selfforcing
 
 STABLE_TORCH_LIBRARY_IMPL(selfforcing, SELFFORCING_DISPATCH_KEY, m) {
   m.impl("attention", TORCH_BOX(&selfforcing::attention));
   m.impl("attention_backward", TORCH_BOX(&selfforcing::attention_backward));
+  m.impl("attention_backward_through_past", TORCH_BOX(&selfforcing::attention_backward_through_past));
 }

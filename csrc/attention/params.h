@@ -1,5 +1,6 @@
 // One attention call, as its kernels see it. Filled by op.cpp, which has checked everything; kernels trust it.
 #pragma once
+#include "../geometry/pages.h"
 #include "../geometry/parallel.h"
 #include "../geometry/spans.h"
 #include "../geometry/tensor.h"
@@ -30,13 +31,14 @@ struct AttentionParams {
   void* stream = nullptr;     // CUDA
 };
 
-// Gradients of sum(out * grad_out) + sum(lse * grad_lse). The past is constant.
+// Gradients of sum(out * grad_out) + sum(lse * grad_lse).
 struct AttentionBackwardParams : AttentionParams {
   SpanTable query_spans;  // the transpose: rows are keys, columns queries; every key lies in exactly one row block
   ConstHeads grad_out;    // [B, Lq, H, D]
   const float* grad_lse = nullptr;      // [B, H, Lq] contiguous, or nullptr
   float* delta = nullptr;               // CUDA: [B, H, Lq], scratch for rowsum(out * grad_out) - grad_lse
   MutableHeads grad_q, grad_k, grad_v;  // shaped like q, k, v; every element is written
+  PastGradients past_grads;             // added to
   // In a backward call `out` and `lse` of the base are inputs.
 };
 

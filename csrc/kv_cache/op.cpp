@@ -73,7 +73,10 @@ void check_targets(const KVCacheWriteParams& p, int64_t num_pages) {
 #endif
 
 void kv_cache_write(Tensor k_pages, Tensor v_pages, const Tensor& page_table, const Tensor& write_start,
-                    const Tensor& k, const Tensor& v) {
+                    const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
+                    const std::optional<Tensor>& v_scales, const std::optional<Tensor>& k_offset) {
+  check(!k_scales.has_value() && !v_scales.has_value() && !k_offset.has_value(),
+        "kv_cache_write: quantised pages are not supported yet");
   KVCacheWriteParams params = write_params(k_pages, v_pages, page_table, write_start, k, v);
 #ifndef SELFFORCING_WITH_CUDA
   check_targets(params, k_pages.size(0));

@@ -174,7 +174,8 @@ struct Problem {
   DType dtype;
   TestTensor q, k, v, grad_out, k_pages, v_pages;
   std::vector<float> grad_lse;
-  std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table, past_spans;
+  std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table;
+  std::vector<PastSpan> past_spans;
   int pages_per_stream = 0;
 
   Problem(const Case& c, DType dtype, unsigned seed)
@@ -245,7 +246,7 @@ struct Problem {
     k_values.fill(random, 1), v_values.fill(random, 1);
     for (int b = 0; b < c.batch; ++b)
       for (auto [start, end] : c.past[b]) {
-        past_spans.insert(past_spans.end(), {start, end});
+        past_spans.push_back({start, end, 0, 0.0f});
         for (int position = start; position < end; ++position)
           for (int h = 0; h < c.kv_heads; ++h)
             for (int d = 0; d < c.dim; ++d) {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from selfforcing_ext.attention import attention_over_spans, full_table
+from selfforcing_ext.attention import Past, attention_over_spans, full_table, span_records
 from selfforcing_ext.kv_cache import KVCacheView, PagedKVCache
 
 DICT_KEYS = ("k", "v", "global_end_index", "local_end_index")
@@ -199,18 +199,18 @@ def attend_with_dict(
         _set_index(cache, "local_end_index", local_start + num_new)
 
     first = 0 if visible is None else min(local_start, max(0, local_start + num_new - visible))
-    past = cache["k"], cache["v"], *_one_page(batch, first, local_start, device)
+    past = Past(cache["k"], cache["v"], *_one_page(batch, first, local_start, device))
     out, _ = attention_over_spans(q, k, v, full_table(num_new, num_new, device), past)
     return out.to(dtype)
 
 
 @lru_cache(maxsize=16)
 def _one_page(batch: int, first: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Page table [B, 1] and spans [B, 1, 2] for a page of each video, seen from ``first`` to ``end``: the same for all
-    layers and denoising steps."""
+    """Page table [B, 1] and spans [B, 1, 1, 4] for a page of each video, seen from ``first`` to ``end``: the same for
+    all layers and denoising steps."""
     with torch.inference_mode(False):  # autograd saves them later
         page_table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
-        return page_table, torch.tensor([[[first, end]]] * batch, dtype=torch.int32, device=device)
+        return page_table, span_records(torch.tensor([[[[first, end]]]] * batch, device=device))
 
 
 def _check_dict(cache: MutableMapping[str, Any], batch: int, num_heads: int, head_dim: int) -> None:
