@@ -1,33 +1,42 @@
-"""Checkpoints: safetensors and JSON, written atomically, never pickle.
+"""Checkpoints: safetensors and JSON, written atomically, never pickle, by any number of processes.
 
-A checkpoint is a folder `step_00001200/` with one safetensors file per module, one per optimizer, and `state.json`.
-It is written under a temporary name, flushed to disk and renamed, so a folder with the final name is always whole:
-killing the process at any moment leaves the previous checkpoint usable. Random numbers need no state of their own,
-since every draw of a run derives from (seed, stage, step).
+A checkpoint is a folder `step_00001200/` with `state.json` and one safetensors file per process, which holds that
+process's part of all modules and optimizers. `torch.distributed.checkpoint` writes and reads them, so that a run can go
+on with another number of processes, its weights sharded or not. The folder is written under a temporary name, flushed
+to disk and renamed by the first process once all have written, so a folder with the final name is always whole: killing
+any process at any moment leaves the previous checkpoint usable. Random numbers need no state of their own, since every
+draw of a run derives from (seed, stage, step).
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from python_ref.processes import is_first_process, wait_for_all, whole_tensors
 
 _NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".writing_"
+_MODULES, _OPTIMIZERS = "modules.", "optimizers."  # what the names of a checkpoint's tensors start with
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run.
+    """Writes and reads the checkpoints of one run. Where there are several processes, all call the same methods.
 
     Args:
-        folder: where the `step_*` folders go; made when first needed.
+        folder: where the `step_*` folders go; made when first needed. All processes must see the same.
         keep: how many of the newest checkpoints stay.
     """
 
@@ -49,10 +58,11 @@ class Checkpointer:
 
     def set_aside(self) -> None:
         """Renames the folder to `<name>.old`, so that a run from the start never resumes from another run's end."""
-        if self.steps():
+        if is_first_process() and self.steps():
             old = self.folder.with_name(f"{self.folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
+        wait_for_all()
 
     def save(
         self,
@@ -62,25 +72,28 @@ class Checkpointer:
         state: Mapping[str, Any],
     ) -> Path:
         """Writes the checkpoint of `step` and removes the oldest ones. `state` is anything JSON can hold."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
         temporary = self.folder / f"{_TEMPORARY}step_{step:08d}"
-        temporary.mkdir()
-        for name, module in modules.items():
-            _write_tensors(temporary / f"{name}.safetensors", module.state_dict())
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+        wait_for_all()
+        tensors = _module_tensors(modules)
         for name, optimizer in optimizers.items():
-            _write_tensors(temporary / f"{name}.optimizer.safetensors", flatten_optimizer(optimizer))
-        _write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1))
-        _sync_folder(temporary)
-        final = self.path(step)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_folder(self.folder)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
-        return final
+            tensors |= {f"{_OPTIMIZERS}{name}.{key}": value for key, value in flatten_optimizer(optimizer).items()}
+        _write_shards(temporary, tensors)
+        if is_first_process():
+            _write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1))
+            _sync_folder(temporary)
+            if self.path(step).exists():
+                shutil.rmtree(self.path(step))
+            temporary.rename(self.path(step))
+            _sync_folder(self.folder)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+        wait_for_all()
+        return self.path(step)
 
     def load(
         self,
@@ -88,17 +101,31 @@ class Checkpointer:
         optimizers: Mapping[str, torch.optim.Optimizer],
         step: int | None = None,
     ) -> dict[str, Any]:
-        """Fills modules and optimizers from the newest checkpoint (or that of `step`); returns its state."""
+        """Fills modules and optimizers from the newest checkpoint (or that of `step`); returns its state.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: a file is damaged, or holds other tensors than the modules and optimizers have.
+        """
         steps = self.steps()
         if not steps:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint; accepted: a folder with step_* folders")
         if step is not None and step not in steps:
             raise FileNotFoundError(f"step is {step}, which {self.folder} does not hold; accepted: {steps}")
         path = self.path(steps[-1] if step is None else step)
-        for name, module in modules.items():
-            module.load_state_dict(read_tensors(path / f"{name}.safetensors"))
+        stored = _stored_shapes(path)
+        tensors = _module_tensors(modules)
         for name, optimizer in optimizers.items():
-            restore_optimizer(optimizer, read_tensors(path / f"{name}.optimizer.safetensors"))
+            tensors |= _empty_state(f"{_OPTIMIZERS}{name}.", optimizer, stored)
+        prefixes = [f"{_MODULES}{name}." for name in modules] + [f"{_OPTIMIZERS}{name}." for name in optimizers]
+        wanted = {key: shape for key, shape in stored.items() if key.startswith(tuple(prefixes))}
+        _check_same(path, wanted, {key: tensor.shape for key, tensor in tensors.items()})
+        with _single_process_is_fine():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        for name, optimizer in optimizers.items():
+            prefix = f"{_OPTIMIZERS}{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            restore_optimizer(optimizer, state)
         return json.loads((path / "state.json").read_text())
 
 
@@ -118,7 +145,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """One safetensors file that can be handed on: weights, and the settings needed to rebuild the model as JSON."""
+    """One safetensors file that can be handed on: weights, and the settings needed to rebuild the model as JSON.
+
+    Where there are several processes, all call it; sharded weights are put together, and the first process writes.
+    """
+    tensors = whole_tensors(tensors)
+    if not is_first_process():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_TEMPORARY + path.name)
@@ -147,9 +180,59 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata)
+def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Weights and buffers under the names that they have in a checkpoint."""
+    return {
+        f"{_MODULES}{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def _empty_state(prefix: str, optimizer: torch.optim.Optimizer, stored: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Tensors for the stored state of an optimizer, sharded as its parameters are; one that never stepped has none."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    empty = {}
+    for key, shape in stored.items():
+        if not key.startswith(prefix):
+            continue
+        parameter = parameters[int(key.removeprefix(prefix).split(".", 1)[0])]
+        empty[key] = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape)
+    return empty
+
+
+def _check_same(path: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            has, needs = (list(shapes[key]) if key in shapes else "nothing" for shapes in (stored, wanted))
+            raise ValueError(f"{path} holds {has} for {key}; accepted by this run: {needs}")
+
+
+def _stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shape of every tensor in a checkpoint, put together from its files."""
+    try:
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata()
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds a file that is not a whole safetensors file: {error}") from error
+    return {key: entry.size for key, entry in metadata.state_dict_metadata.items()}
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Each process writes its part to a file of its own, flushed to disk; returns when all have."""
+    with _single_process_is_fine():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Keeps torch from warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file(dict(tensors), path, metadata)
     path.chmod(0o644)  # safetensors makes files that their owner alone can read
     with open(path, "rb") as file:
         os.fsync(file.fileno())

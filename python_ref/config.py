@@ -159,6 +159,16 @@ class SelfForcingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How the processes that torchrun started share the work; of no effect in a run of one process."""
+
+    strategy: str = "none"  # "ddp": each holds all weights; "fsdp": weights, gradients and moments are sharded (FSDP2)
+
+    def __post_init__(self) -> None:
+        _check_choice("distributed.strategy", self.strategy, ("none", "ddp", "fsdp"))
+
+
+@dataclass
 class LoggingConfig:
     """How often a run tells, shows and keeps what it has; all in steps."""
 
@@ -204,6 +214,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     self_forcing: SelfForcingConfig = field(default_factory=SelfForcingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

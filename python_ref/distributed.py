@@ -1,12 +1,66 @@
-"""Models over several processes."""
+"""How a run is spread over its processes: which samples each works on, and which weights it holds."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from python_ref.batch_share import BatchShare
+from python_ref.config import DistributedConfig
 from python_ref.models.wan import WanBackbone
+from python_ref.processes import process_count, process_rank, share_first_weights
+
+
+def batch_share(config: DistributedConfig) -> BatchShare:
+    """The part of every batch that this process works on.
+
+    Raises:
+        ValueError: several processes, but no strategy for them.
+    """
+    if process_count() > 1 and config.strategy == "none":
+        raise ValueError(
+            f"distributed.strategy is 'none', but there are {process_count()} processes; accepted: 'ddp', 'fsdp'"
+        )
+    return BatchShare(process_rank(), process_count())
+
+
+def distribute(config: DistributedConfig, *modules: nn.Module) -> None:
+    """Prepares modules for the processes of the run, in place; nothing changes in a run of one process.
+
+    All processes go on with the weights of the first. With "fsdp" each keeps only its part of them; with "ddp" it keeps
+    them all, and `python_ref.learning.Learner` averages the gradients.
+
+    Args:
+        config: how to spread them.
+        modules: all networks of a stage, frozen ones and averages too, each before its optimizer is made. A module that
+            is no `WanBackbone` is sharded by its parts, which must then be called as modules.
+    """
+    if process_count() == 1:
+        return
+    for module in modules:
+        share_first_weights(module)
+        if config.strategy == "fsdp":
+            # Our models change nothing in place, so that views may be returned.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            # Nothing stays gathered after a forward, so that weights that change without a backward (averages) are
+            # gathered anew in the next one.
+            _shard_parts(module, mesh=init_device_mesh("cpu", (process_count(),)), reshard_after_forward=True)
+
+
+def _shard_parts(module: nn.Module, **options: Any) -> None:
+    if isinstance(module, WanBackbone):
+        shard_parameters(module, **options)
+        return
+    for part in module.children():
+        is_container = type(part).forward is nn.Module.forward  # it has parts that are called, and is not called itself
+        if is_container or isinstance(part, WanBackbone):
+            _shard_parts(part, **options)
+        else:
+            fully_shard(part, **options)
 
 
 def shard_parameters(model: WanBackbone, **options: Any) -> None:

@@ -3,9 +3,11 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from python_ref.config import OptimizerConfig
+from python_ref.processes import average_gradients, local_tensors
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -18,7 +20,11 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 class Learner:
-    """AdamW (arXiv 1711.05101) over a module's trainable weights: one call per optimizer step."""
+    """AdamW (arXiv 1711.05101) over a module's trainable weights: one call per optimizer step.
+
+    Where several processes share a batch, each has the gradient of the mean over its own part; the step is that of one
+    process on the whole batch.
+    """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
         self.config = config
@@ -33,7 +39,10 @@ class Learner:
         rate = learning_rate(step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, error_if_nonfinite=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm.item(), "lr": rate}
@@ -43,5 +52,4 @@ class Learner:
 def update_average(average: nn.Module, module: nn.Module, decay: float, updates: int) -> None:
     """average = decay average + (1 - decay) module, with a faster start: decay is at most (1 + n) / (10 + n)."""
     decay = min(decay, (1 + updates) / (10 + updates))
-    targets: list[Tensor] = list(average.parameters())
-    torch._foreach_lerp_(targets, list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_(local_tensors(average.parameters()), local_tensors(module.parameters()), 1 - decay)

@@ -1,4 +1,5 @@
-"""Training from the command line: `python -m python_ref.train --config configs/teacher.yaml key=value ...`."""
+"""Training from the command line: `python -m python_ref.train --config configs/teacher.yaml key=value ...`; in several
+processes: `torchrun --nproc-per-node 2 -m python_ref.train --config ... distributed.strategy=ddp`."""
 
 import argparse
 import sys
@@ -9,6 +10,8 @@ import torch
 
 from python_ref.config import Config, load_config
 from python_ref.data.source import TrainingSource, open_source
+from python_ref.distributed import batch_share
+from python_ref.processes import is_first_process, process_group
 from python_ref.stages import Stage
 from python_ref.stages.causal import CausalStage
 from python_ref.stages.self_forcing import SelfForcingStage
@@ -23,13 +26,14 @@ def make_stage(config: Config, source: TrainingSource) -> Stage:
 
 
 def train(config: Config) -> Path:
-    """Runs one stage; returns the file of averaged weights."""
+    """Runs one stage, within a `process_group` together with other processes; returns the file of averaged weights."""
     torch.set_num_threads(config.threads)
     source = open_source(config.data)
     prompts = None
     if config.data.source == "video_files":
         prompts = source.batch(0, config.logging.sample_prompts)[1]
-    return Trainer(config, make_stage(config, source), prompts).run()
+    stage = make_stage(config, source.of_share(batch_share(config.distributed)))
+    return Trainer(config, stage, prompts).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,14 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parsed = parser.parse_args(arguments)
     try:
-        weights = train(load_config(parsed.config, parsed.overrides))
+        config = load_config(parsed.config, parsed.overrides)
+        with process_group():
+            weights = train(config)
+            if is_first_process():
+                print(f"weights: {weights}")
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with resume=true goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(f"weights: {weights}")
     return 0
 
 

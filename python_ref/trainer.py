@@ -8,6 +8,7 @@ from python_ref.checkpoint import Checkpointer
 from python_ref.config import Config, to_yaml
 from python_ref.data.prompts import evaluation_prompts
 from python_ref.metrics import LogWindow, MetricsLog, ProgressLine
+from python_ref.processes import is_first_process, mean_over_processes
 from python_ref.randomness import derived_generator
 from python_ref.stages import Stage
 from python_ref.video_output import grid, write_contact_sheet, write_gif
@@ -19,6 +20,9 @@ class Trainer:
     `<stage>.yaml` (all settings), logs/<stage>/ (metrics.jsonl and TensorBoard), samples/, checkpoints/<stage>/ and
     `<stage>.safetensors`: the averaged weights that later stages, `generate` and `evaluate` take, renewed with every
     checkpoint.
+
+    With several processes each has a trainer. All of them make samples, whose networks may be spread over all; each
+    writes its part of a checkpoint, and the first writes everything else.
 
     Args:
         config: the run's settings.
@@ -37,26 +41,20 @@ class Trainer:
         """Trains from the newest checkpoint (with `resume=true`) or from the start; returns the weights file."""
         first_step = self._first_step()
         logging = self.config.logging
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{self.stage.name}.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        log = MetricsLog(self.folder / "logs" / self.stage.name, first_step, logging.tensorboard)
-        progress = ProgressLine(self.stage.name, first_step, self.stage.total_steps)
-        window = LogWindow()
+        record = _Record(self.config, self.stage, first_step) if is_first_process() else None
         try:
             for step in range(first_step, self.stage.total_steps):
-                metrics = self.stage.train_step(step)
+                metrics = mean_over_processes(self.stage.train_step(step))
                 done, last = step + 1, step + 1 == self.stage.total_steps
-                window.add(metrics)
-                progress.update(done, {name: value for name, value in metrics.items() if "loss" in name})
-                if done % logging.log_every == 0 or last:
-                    log.write(done, window.close())
+                if record is not None:
+                    record.add(done, metrics, write=done % logging.log_every == 0 or last)
                 if done % logging.checkpoint_every == 0 or last:
                     self._save(done)
                 if done % logging.sample_every == 0 or last:
                     self._write_samples(done)
         finally:
-            progress.close()
-            log.close()
+            if record is not None:
+                record.close()
         if first_step >= self.stage.total_steps:
             self._save_weights(first_step)
         return self.weights_path
@@ -78,10 +76,34 @@ class Trainer:
         self.stage.average.save(self.weights_path, stage=self.stage.name, step=step, seed=self.config.seed)
 
     def _write_samples(self, step: int) -> None:
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
         with torch.no_grad():
             videos = self.stage.sample(self.prompts, derived_generator(self.config.seed, self.stage.name, "samples"))
-        name = f"{self.stage.name}_{step:06d}"
-        write_contact_sheet(folder / f"{name}.png", videos, self.prompts, block=self.config.rollout.frames_per_block)
-        write_gif(folder / f"{name}.gif", grid(videos, columns=4))
+        if is_first_process():
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            name, block = f"{self.stage.name}_{step:06d}", self.config.rollout.frames_per_block
+            write_contact_sheet(folder / f"{name}.png", videos, self.prompts, block=block)
+            write_gif(folder / f"{name}.gif", grid(videos, columns=4))
+
+
+class _Record:
+    """What a run tells of its steps: its settings, the metrics log and the progress line."""
+
+    def __init__(self, config: Config, stage: Stage, first_step: int) -> None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stage.name}.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self.log = MetricsLog(folder / "logs" / stage.name, first_step, config.logging.tensorboard)
+        self.progress = ProgressLine(stage.name, first_step, stage.total_steps)
+        self.window = LogWindow()
+
+    def add(self, done: int, metrics: dict[str, float], write: bool) -> None:
+        """Shows the metrics of one step, and if asked writes the means since the last time."""
+        self.window.add(metrics)
+        self.progress.update(done, {name: value for name, value in metrics.items() if "loss" in name})
+        if write:
+            self.log.write(done, self.window.close())
+
+    def close(self) -> None:
+        self.progress.close()
+        self.log.close()

@@ -1,10 +1,11 @@
 """The one form in which training meets its data, whatever they are made from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from python_ref.batch_share import BatchShare
 from python_ref.config import DataConfig
 from python_ref.data.moving_digits import MovingDigits, caption_words
 from python_ref.data.video_files import VideoFiles
@@ -12,13 +13,22 @@ from python_ref.data.video_files import VideoFiles
 
 @dataclass
 class TrainingSource:
-    """An endless sequence of captioned videos; `batch(first, size)` depends on nothing but its arguments."""
+    """An endless sequence of captioned videos; `batch(first, size)` depends on nothing but its arguments.
+
+    Where processes share the batches (`of_share`), a batch is named by its place among all videos, and `share.noise`
+    and `share.rows` give the random draws that belong to the part that comes.
+    """
 
     batch: Callable[[int, int], tuple[Tensor, list[str]]]  # video [B, F, C, H, W] in -1..1, B captions
     words: list[str]  # every word of every caption
     num_frames: int
     channels: int
     frame_size: int
+    share: BatchShare = field(default_factory=BatchShare)
+
+    def of_share(self, share: BatchShare) -> "TrainingSource":
+        """The same batches, of each of which only this process's part is made."""
+        return replace(self, batch=lambda first, size: self.batch(*share.place(first, size)), share=share)
 
 
 def open_source(config: DataConfig) -> TrainingSource:

@@ -49,6 +49,9 @@ class WanBackbone(nn.Module):
         Args:
             context: text embeddings [B, text_len, text_dim].
         """
+        return self._encode_context(context)
+
+    def _encode_context(self, context: Tensor) -> EncodedContext:
         expected = [self.config.text_len, self.config.text_dim]
         if context.dim() != 3 or list(context.shape[1:]) != expected:
             raise ValueError(
@@ -103,7 +106,7 @@ class WanBackbone(nn.Module):
         checkpoint_layers: bool,
         after_layer: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        encoded = self.encode_context(context) if isinstance(context, Tensor) else context
+        encoded = self._encode_context(context) if isinstance(context, Tensor) else context
         for layer, block in enumerate(self.blocks):
             arguments = (x, time, encoded[layer], positions, attend(layer))
             if checkpoint_layers and torch.is_grad_enabled():

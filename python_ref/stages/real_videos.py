@@ -7,10 +7,10 @@ from torch import Tensor
 
 from python_ref.config import CausalConfig, Config, TeacherConfig
 from python_ref.data.source import TrainingSource
+from python_ref.distributed import distribute
 from python_ref.learning import Learner, update_average
 from python_ref.models.captioned import CaptionedModel
 from python_ref.models.text import drop_captions
-from python_ref.noise import TorchNoise
 from python_ref.precision import network_precision
 from python_ref.randomness import derived_generator
 
@@ -40,6 +40,7 @@ class RealVideoStage:
         self.network, self.objective = network, objective
         self.total_steps = settings.steps
         self.average = network.average_copy()
+        distribute(config.distributed, network, self.average)
         self.learner = Learner(network, settings.optimizer, self.total_steps)
         self.modules = {"model": network, "average": self.average}
         self.optimizers = {"model": self.learner.optimizer}
@@ -58,7 +59,9 @@ class RealVideoStage:
         size = self.settings.batch_size
         generator = derived_generator(self.config.seed, self.name, "batch", batch_number)
         video, captions = self.source.batch(batch_number * size, size)
-        captions = drop_captions(captions, torch.rand(size, generator=generator), self.settings.caption_dropout)
+        draws = self.source.share.rows(torch.rand(size, generator=generator))
+        captions = drop_captions(captions, draws, self.settings.caption_dropout)
         with network_precision(self.config.precision):
-            loss, _ = self.objective.loss(video, self.network.text(captions), TorchNoise(generator))
+            noise_source = self.source.share.noise(generator)
+            loss, _ = self.objective.loss(video, self.network.text(captions), noise_source)
         return loss

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from python_ref.config import Config
 from python_ref.data.source import TrainingSource
+from python_ref.distributed import distribute
 from python_ref.generation import generate_causal
 from python_ref.learning import Learner, update_average
 from python_ref.models.captioned import CaptionedModel
-from python_ref.noise import TorchNoise
+from python_ref.noise import NoiseSource
 from python_ref.objectives.dmd import DMD
 from python_ref.pipelines.training import SelfForcingTrainingPipeline
 from python_ref.precision import network_precision
@@ -37,6 +38,7 @@ class SelfForcingStage:
         self.teacher = CaptionedModel.load(self.settings.teacher, causal=False, backend=config.backend).frozen()
         self.critic = CaptionedModel.load(self.settings.teacher, causal=False, backend=config.backend).model
         self.average = self.network.average_copy()
+        distribute(config.distributed, self.network, self.teacher, self.critic, self.average)
         schedule = self.network.schedule()
         self.pipeline = SelfForcingTrainingPipeline(
             self.network.model,
@@ -69,7 +71,7 @@ class SelfForcingStage:
         return -(-steps // self.settings.generator_every)
 
     def train_step(self, step: int) -> dict[str, float]:
-        source = TorchNoise(derived_generator(self.config.seed, self.name, "step", step))
+        source = self.source.share.noise(derived_generator(self.config.seed, self.name, "step", step))
         size = self.settings.batch_size
         _, captions = self.source.batch(step * size, size)
         with network_precision(self.config.precision):
@@ -79,7 +81,7 @@ class SelfForcingStage:
             metrics |= self._train_generator(self.generator_updates(step), context, uncond, source)
         return metrics | self._train_critic(step, context, source)
 
-    def _train_generator(self, update: int, context: Tensor, uncond: Tensor, source: TorchNoise) -> dict[str, float]:
+    def _train_generator(self, update: int, context: Tensor, uncond: Tensor, source: NoiseSource) -> dict[str, float]:
         with network_precision(self.config.precision):
             result = self.pipeline.rollout(self._noise(context, source), context, source)
             loss, log = self.objective.distribution_matching_loss(
@@ -100,7 +102,7 @@ class SelfForcingStage:
             "generator_lr": learned["lr"],
         }
 
-    def _train_critic(self, step: int, context: Tensor, source: TorchNoise) -> dict[str, float]:
+    def _train_critic(self, step: int, context: Tensor, source: NoiseSource) -> dict[str, float]:
         with network_precision(self.config.precision):
             with torch.no_grad():
                 video = self.pipeline.rollout(self._noise(context, source), context, source).video
@@ -109,7 +111,7 @@ class SelfForcingStage:
         learned = self.critic_learner.step(step)
         return {"critic_loss": loss.item(), "critic_grad_norm": learned["grad_norm"], "critic_lr": learned["lr"]}
 
-    def _noise(self, context: Tensor, source: TorchNoise) -> Tensor:
+    def _noise(self, context: Tensor, source: NoiseSource) -> Tensor:
         return source.randn(self.network.latent_shape(len(context)), torch.float32, context.device)
 
     def sample(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
