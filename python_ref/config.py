@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from python_ref.data.latents import LatentsConfig
 from python_ref.data.moving_digits import MovingDigitsConfig
 from python_ref.data.video_files import VideoFilesConfig
 
@@ -32,12 +33,13 @@ def _check_positive(owner: Any, *names: str) -> None:
 class DataConfig:
     """Where videos come from; the section of the chosen source counts."""
 
-    source: str = "moving_digits"  # or "video_files"
+    source: str = "moving_digits"  # or "video_files" or "latents"
     moving_digits: MovingDigitsConfig = field(default_factory=MovingDigitsConfig)
     video_files: VideoFilesConfig = field(default_factory=VideoFilesConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
 
     def __post_init__(self) -> None:
-        _check_choice("data.source", self.source, ("moving_digits", "video_files"))
+        _check_choice("data.source", self.source, ("moving_digits", "video_files", "latents"))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from python_ref.data.moving_digits import MovingDigitsConfig
 from python_ref.data.prompts import evaluation_prompts
 from python_ref.generation import generate_bidirectional, generate_causal
 from python_ref.measures.report import Judge, Measures, print_table
-from python_ref.models.captioned import CaptionedModel
+from python_ref.models.captioned import CaptionedModel, rows_and_columns
 from python_ref.plots import plot_drift
 from python_ref.randomness import derived_generator
 
@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> None:
         networks[str(path)] = network, rollout
     first, first_rollout = next(iter(networks.values()))
     digits = MovingDigitsConfig(
-        frame_size=first.settings["frame_size"],
+        frame_size=rows_and_columns(first.settings["frame_size"])[0],
         digit_size=options.digit_size,
         num_frames=first.settings["num_frames"],
     )

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from python_ref.checkpoint import save_weights
 from python_ref.config import load_config
-from python_ref.data.ode_pairs import read_settings
 from python_ref.data.prompts import read_prompts
+from python_ref.data.shards import is_written
 from python_ref.data.source import open_source
 from python_ref.metrics import ProgressLine
 from python_ref.models.captioned import CaptionedModel
@@ -89,7 +88,7 @@ def make_pairs(options: argparse.Namespace) -> list[Path]:
             path = Path(options.output) / f"shard_{number:05d}.safetensors"
             texts = captions(first, min(options.shard_size, options.pairs - first))
             paths.append(path)
-            if _is_there(path, recipe, texts):
+            if is_written(path, recipe, texts):
                 progress.update(first + len(texts), {})
                 continue
             parts = []
@@ -148,22 +147,7 @@ def _captions(options: argparse.Namespace) -> Captions:
         prompts = read_prompts(options.prompt, options.prompts_file)
         return lambda first, count: [prompts[number % len(prompts)] for number in range(first, first + count)]
     source = open_source(load_config(options.config).data)
-    return lambda first, count: source.batch(first, count)[1]
-
-
-def _is_there(path: Path, recipe: dict[str, Any], captions: list[str]) -> bool:
-    """Whether the shard is written; False if it is but holds fewer pairs than it now should."""
-    if not path.is_file():
-        return False
-    found = read_settings(path)
-    if found["recipe"] != recipe:
-        differing = [name for name, value in recipe.items() if found["recipe"].get(name) != value]
-        raise ValueError(
-            f"{path} was made with another {' and '.join(differing)}; accepted: a folder of this command's own"
-        )
-    if any(old != new for old, new in zip(found["captions"], captions, strict=False)):
-        raise ValueError(f"{path} was made from other captions; accepted: a folder of this command's own")
-    return len(found["captions"]) >= len(captions)
+    return source.captions
 
 
 if __name__ == "__main__":

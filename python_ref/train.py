@@ -29,9 +29,8 @@ def train(config: Config) -> Path:
     """Runs one stage, within a `process_group` together with other processes; returns the file of averaged weights."""
     torch.set_num_threads(config.threads)
     source = open_source(config.data)
-    prompts = None
-    if config.data.source == "video_files":
-        prompts = source.batch(0, config.logging.sample_prompts)[1]
+    digits = config.data.source == "moving_digits"
+    prompts = None if digits else source.captions(0, config.logging.sample_prompts)
     stage = make_stage(config, source.of_share(batch_share(config.distributed)))
     return Trainer(config, stage, prompts).run()
 

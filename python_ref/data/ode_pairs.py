@@ -7,14 +7,14 @@ the solutions were made.
 from __future__ import annotations
 
 import bisect
-import json
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from python_ref.data.shards import read_settings
 
 
 class OdePairs(Dataset):
@@ -55,9 +55,3 @@ class OdePairs(Dataset):
         shard = bisect.bisect_right(self._starts, index) - 1
         with safe_open(str(self.paths[shard]), framework="pt") as file:  # reads this one trajectory only
             return file.get_slice("trajectory")[index - self._starts[shard]], self.captions[index]
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a shard: "captions", and "recipe", which all shards of a folder share."""
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()["settings"])

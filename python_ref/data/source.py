@@ -1,12 +1,13 @@
 """The one form in which training meets its data, whatever they are made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from python_ref.batch_share import BatchShare
 from python_ref.config import DataConfig
+from python_ref.data.latents import CachedLatents
 from python_ref.data.moving_digits import MovingDigits, caption_words
 from python_ref.data.video_files import VideoFiles
 
@@ -19,31 +20,51 @@ class TrainingSource:
     and `share.rows` give the random draws that belong to the part that comes.
     """
 
-    batch: Callable[[int, int], tuple[Tensor, list[str]]]  # video [B, F, C, H, W] in -1..1, B captions
-    words: list[str]  # every word of every caption
+    batch: Callable[[int, int], tuple[Tensor, list[str]]]  # video [B, F, C, H, W] in -1..1 or latents, B captions
+    captions: Callable[[int, int], list[str]]  # of the same videos, which need not be there
+    words: list[str]  # every word of every caption; none if `embed` makes the contexts
     num_frames: int
     channels: int
-    frame_size: int
+    frame_size: tuple[int, int]  # rows, columns
+    embed: Callable[[Sequence[str]], Tensor] | None = None  # B captions to a context [B, text_len, text_dim]
     share: BatchShare = field(default_factory=BatchShare)
 
     def of_share(self, share: BatchShare) -> "TrainingSource":
         """The same batches, of each of which only this process's part is made."""
-        return replace(self, batch=lambda first, size: self.batch(*share.place(first, size)), share=share)
+        return replace(
+            self,
+            batch=lambda first, size: self.batch(*share.place(first, size)),
+            captions=lambda first, size: self.captions(*share.place(first, size)),
+            share=share,
+        )
+
+
+def video_shape(config: DataConfig) -> tuple[int, int, tuple[int, int]]:
+    """Frames, channels and (rows, columns) of the videos of a source, which need not be there."""
+    if config.source == "latents":
+        latents = config.latents
+        return latents.num_frames, latents.channels, (latents.frame_size[0], latents.frame_size[1])
+    if config.source == "video_files":
+        files = config.video_files
+        return files.num_frames, files.channels, (files.frame_size, files.frame_size)
+    digits = config.moving_digits
+    return digits.num_frames, 1, (digits.frame_size, digits.frame_size)
 
 
 def open_source(config: DataConfig) -> TrainingSource:
     """The source that `config.source` names."""
+    shape = video_shape(config)
+    if config.source == "latents":
+        latents = CachedLatents(config.latents)
+        return TrainingSource(latents.batch, latents.captions, [], *shape, latents.embed)
     if config.source == "video_files":
         files = VideoFiles(config.video_files)
         words = sorted({word for clip in files.clips for word in clip.caption.lower().replace(",", " ").split()})
-        settings = config.video_files
-        return TrainingSource(files.batch, words, settings.num_frames, settings.channels, settings.frame_size)
+        return TrainingSource(files.batch, lambda first, size: files.batch(first, size)[1], words, *shape)
     digits = MovingDigits(config.moving_digits)
 
     def batch(first: int, size: int) -> tuple[Tensor, list[str]]:
         videos = digits.batch(first, size)
         return videos.video, videos.captions
 
-    return TrainingSource(
-        batch, list(caption_words()), config.moving_digits.num_frames, 1, config.moving_digits.frame_size
-    )
+    return TrainingSource(batch, lambda first, size: batch(first, size)[1], list(caption_words()), *shape)

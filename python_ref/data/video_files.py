@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange
 from torch import Tensor
 
-from python_ref.data.moving_digits import hashed_uniform
+from python_ref.data.order import shuffled
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif", ".m4v")
 
@@ -92,12 +92,8 @@ class VideoFiles:
 
         Returns video [B, F, C, H, W] in -1..1 and B captions. Depends on (seed, first, size) alone.
         """
-        chosen = []
-        for position in range(first, first + size):
-            epoch, place = divmod(position, len(self))
-            order = np.argsort(hashed_uniform(self.config.seed, np.asarray([epoch]), len(self))[0], kind="stable")
-            chosen.append(self.clip(int(order[place])))
-        videos, captions = zip(*chosen, strict=True)
+        order = shuffled(first, size, len(self), self.config.seed)
+        videos, captions = zip(*(self.clip(index) for index in order), strict=True)
         return torch.stack(videos), list(captions)
 
 

@@ -21,7 +21,7 @@ class CausalStage(RealVideoStage):
     name = "causal"
 
     def __init__(self, config: Config, source: TrainingSource) -> None:
-        network = CaptionedModel.load(config.causal.init, causal=True, backend=config.backend)
+        network = CaptionedModel.load(config.causal.init, causal=True, backend=config.backend, embed=source.embed)
         network.settings["rollout"] = asdict(config.rollout)
         network.text.requires_grad_(False)
         objective = CausalDiffusion(

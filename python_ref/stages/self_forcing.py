@@ -32,7 +32,7 @@ class SelfForcingStage:
         self.config, self.settings, self.source = config, config.self_forcing, source
         self.total_steps = self.settings.steps
         rollout = config.rollout
-        self.network = CaptionedModel.load(self.settings.init, causal=True, backend=config.backend)
+        self.network = CaptionedModel.load(self.settings.init, causal=True, backend=config.backend, embed=source.embed)
         self.network.settings["rollout"] = asdict(rollout)
         self.network.text.requires_grad_(False)
         self.teacher = CaptionedModel.load(self.settings.teacher, causal=False, backend=config.backend).frozen()
@@ -73,7 +73,7 @@ class SelfForcingStage:
     def train_step(self, step: int) -> dict[str, float]:
         source = self.source.share.noise(derived_generator(self.config.seed, self.name, "step", step))
         size = self.settings.batch_size
-        _, captions = self.source.batch(step * size, size)
+        captions = self.source.captions(step * size, size)
         with network_precision(self.config.precision):
             context, uncond = self.network.contexts(captions)
         metrics: dict[str, float] = {}

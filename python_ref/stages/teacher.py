@@ -29,7 +29,7 @@ class TeacherStage(RealVideoStage):
             "channels": source.channels,
             "frame_size": source.frame_size,
         }
-        network = CaptionedModel(model_settings, causal=False, backend=config.backend)
+        network = CaptionedModel(model_settings, causal=False, backend=config.backend, embed=source.embed)
         objective = TeacherFlowMatching(network.model, network.schedule(), weighted=False)
         super().__init__(config, config.teacher, source, network, objective)
 
