@@ -59,7 +59,7 @@ def _shard_parts(module: nn.Module, **options: Any) -> None:
         is_container = type(part).forward is nn.Module.forward  # it has parts that are called, and is not called itself
         if is_container or isinstance(part, WanBackbone):
             _shard_parts(part, **options)
-        else:
+        elif any(True for _ in part.parameters()):
             fully_shard(part, **options)
 
 

@@ -32,7 +32,7 @@ def train(config: Config) -> Path:
     digits = config.data.source == "moving_digits"
     prompts = None if digits else source.captions(0, config.logging.sample_prompts)
     stage = make_stage(config, source.of_share(batch_share(config.distributed)))
-    return Trainer(config, stage, prompts).run()
+    return Trainer(config, stage, prompts, source.show).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 """The loop around a stage: steps, metrics, samples, checkpoints and resuming."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from python_ref.checkpoint import Checkpointer
 from python_ref.config import Config, to_yaml
@@ -28,10 +30,17 @@ class Trainer:
         config: the run's settings.
         stage: what to train.
         prompts: captions of the samples; None: digits, as many as `config.logging.sample_prompts`.
+        show: makes samples that people can look at from the stage's, as a `TrainingSource` does.
     """
 
-    def __init__(self, config: Config, stage: Stage, prompts: list[str] | None = None) -> None:
-        self.config, self.stage = config, stage
+    def __init__(
+        self,
+        config: Config,
+        stage: Stage,
+        prompts: list[str] | None = None,
+        show: Callable[[Tensor], Tensor] = lambda video: video,
+    ) -> None:
+        self.config, self.stage, self.show = config, stage, show
         self.folder = Path(config.output)
         self.prompts = prompts or evaluation_prompts(config.logging.sample_prompts)
         self.checkpointer = Checkpointer(self.folder / "checkpoints" / stage.name, config.logging.keep_checkpoints)
@@ -82,6 +91,7 @@ class Trainer:
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
             name, block = f"{self.stage.name}_{step:06d}", self.config.rollout.frames_per_block
+            videos = self.show(videos)
             write_contact_sheet(folder / f"{name}.png", videos, self.prompts, block=block)
             write_gif(folder / f"{name}.gif", grid(videos, columns=4))
 

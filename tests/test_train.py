@@ -191,7 +191,7 @@ def test_generate_and_evaluate(config_file, starts, tmp_path, capsys):
     names = {"000_a_3_moving_left.gif", "000_a_3_moving_left.mp4", "001_a_5.gif", "001_a_5.mp4", "contact_sheet.png"}
     assert {path.name for path in made.iterdir()} == names
     for suffix in ("mp4", "gif"):
-        assert read_video(made / f"001_a_5.{suffix}", 24, 1).shape == (18, 1, 24, 24)
+        assert read_video(made / f"001_a_5.{suffix}", (24, 24), 1).shape == (18, 1, 24, 24)
     assert generate.main([*options, "--num-frames", "17"]) == 2
     assert generate.main([*options[:2], "--prompt", "a cat"]) == 2
     errors = capsys.readouterr().err

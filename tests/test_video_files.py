@@ -46,9 +46,9 @@ def test_stride_overlaps_and_grey(folder: Path):
 
 
 def test_frame_rate_is_resampled(folder: Path):
-    own = read_video(folder / "one.mp4", 32, 1)
-    half = read_video(folder / "one.mp4", 32, 1, fps=5)
-    double = read_video(folder / "one.mp4", 32, 1, fps=20)
+    own = read_video(folder / "one.mp4", (32, 32), 1)
+    half = read_video(folder / "one.mp4", (32, 32), 1, fps=5)
+    double = read_video(folder / "one.mp4", (32, 32), 1, fps=20)
     assert len(own) == 10
     assert torch.equal(half, own[::2])
     assert torch.equal(double, own.repeat_interleave(2, 0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from python_ref.checkpoint import read_tensors
 from python_ref.data.order import shuffled
 from python_ref.data.shards import read_settings
+from python_ref.models.text import pad_texts
 
 UNCOND_FILE = "uncond.safetensors"
 
@@ -103,11 +104,7 @@ class CachedLatents:
 
         ValueError names a caption that was not embedded.
         """
-        context = torch.zeros(len(captions), self.text_len, self._uncond.shape[1])
-        for row, caption in zip(context, captions, strict=True):
-            tokens = self._tokens(caption)
-            row[: len(tokens)] = tokens
-        return context
+        return pad_texts([self._tokens(caption) for caption in captions], self.text_len)
 
     def _tokens(self, caption: str) -> Tensor:
         """[tokens, text_dim] of one caption."""
@@ -141,3 +138,8 @@ class CachedLatents:
                     f"{path} holds latents of shape {found}, but data.latents says [num_frames, channels, *frame_size]"
                     f" = {expected}"
                 )
+
+
+def preview(latents: Tensor) -> Tensor:
+    """Something to look at without an autoencoder: the first three channels, three deviations wide."""
+    return (latents[:, :, : 3 if latents.shape[2] >= 3 else 1] / 3).clamp(-1, 1)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from python_ref.batch_share import BatchShare
 from python_ref.config import DataConfig
-from python_ref.data.latents import CachedLatents
+from python_ref.data.latents import CachedLatents, preview
 from python_ref.data.moving_digits import MovingDigits, caption_words
 from python_ref.data.video_files import VideoFiles
+from python_ref.models.wan_vae import WanVideoAutoencoder
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TrainingSource:
     channels: int
     frame_size: tuple[int, int]  # rows, columns
     embed: Callable[[Sequence[str]], Tensor] | None = None  # B captions to a context [B, text_len, text_dim]
+    show: Callable[[Tensor], Tensor] = lambda video: video  # to what people can look at, [B, F, 1 or 3, H, W] in -1..1
     share: BatchShare = field(default_factory=BatchShare)
 
     def of_share(self, share: BatchShare) -> "TrainingSource":
@@ -46,7 +48,7 @@ def video_shape(config: DataConfig) -> tuple[int, int, tuple[int, int]]:
         return latents.num_frames, latents.channels, (latents.frame_size[0], latents.frame_size[1])
     if config.source == "video_files":
         files = config.video_files
-        return files.num_frames, files.channels, (files.frame_size, files.frame_size)
+        return files.num_frames, files.channels, files.frame_shape
     digits = config.moving_digits
     return digits.num_frames, 1, (digits.frame_size, digits.frame_size)
 
@@ -56,7 +58,8 @@ def open_source(config: DataConfig) -> TrainingSource:
     shape = video_shape(config)
     if config.source == "latents":
         latents = CachedLatents(config.latents)
-        return TrainingSource(latents.batch, latents.captions, [], *shape, latents.embed)
+        show = WanVideoAutoencoder(config.latents.vae).decode if config.latents.vae else preview
+        return TrainingSource(latents.batch, latents.captions, [], *shape, latents.embed, show)
     if config.source == "video_files":
         files = VideoFiles(config.video_files)
         words = sorted({word for clip in files.clips for word in clip.caption.lower().replace(",", " ").split()})

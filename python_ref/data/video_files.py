@@ -26,15 +26,16 @@ class VideoFilesConfig:
 
     folder: str = ""
     num_frames: int = 12  # frames of a clip
-    frame_size: int = 24  # pixels; frames are scaled to cover a square, then cropped to its middle
+    frame_size: int = 24  # rows; frames are scaled to cover a rectangle, then cropped to its middle
+    frame_columns: int | None = None  # None: frame_size, a square
     fps: float | None = None  # frames per second of the clips; None: those of each file
     stride: int | None = None  # frames between the starts of two clips; None: num_frames, clips do not overlap
     channels: int = 3  # 1: grey, 3: RGB
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("num_frames", self.num_frames), ("frame_size", self.frame_size)):
-            if value < 1:
+        for name, value in vars(self).items():
+            if name in ("num_frames", "frame_size", "frame_columns") and value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; accepted: 1 or more")
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride is {self.stride}; accepted: 1 or more, or None for num_frames")
@@ -42,6 +43,11 @@ class VideoFilesConfig:
             raise ValueError(f"fps is {self.fps}; accepted: above 0, or None for the file's own")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; accepted: 1 (grey) or 3 (RGB)")
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.frame_size, self.frame_columns or self.frame_size
 
 
 @dataclass
@@ -59,16 +65,12 @@ class VideoFiles:
     def __init__(self, config: VideoFilesConfig) -> None:
         self.config = config
         folder = Path(config.folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"folder is {str(folder)!r}; accepted: an existing folder of video files")
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise FileNotFoundError(f"folder {folder} holds no video; accepted: files ending in {', '.join(SUFFIXES)}")
+        paths = find_videos(folder)
         captions = read_captions(folder, paths)
         self._videos: dict[Path, Tensor] = {}
         self.clips: list[Clip] = []
         for path in paths:
-            video = read_video(path, config.frame_size, config.channels, config.fps)
+            video = read_video(path, config.frame_shape, config.channels, config.fps)
             if len(video) < config.num_frames:
                 raise ValueError(
                     f"{path} has {len(video)} frames at {config.fps or 'its own'} fps; "
@@ -95,6 +97,16 @@ class VideoFiles:
         order = shuffled(first, size, len(self), self.config.seed)
         videos, captions = zip(*(self.clip(index) for index in order), strict=True)
         return torch.stack(videos), list(captions)
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """The video files of a folder, by name; FileNotFoundError if there are none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder is {str(folder)!r}; accepted: an existing folder of video files")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"folder {folder} holds no video; accepted: files ending in {', '.join(SUFFIXES)}")
+    return paths
 
 
 def read_captions(folder: Path, paths: list[Path]) -> dict[Path, str]:
@@ -126,8 +138,8 @@ def read_captions(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return captions
 
 
-def read_video(path: Path, size: int, channels: int, fps: float | None = None) -> Tensor:
-    """All frames of a file, [F, C, size, size] uint8, resampled to `fps` by taking the newest frame at each tick.
+def read_video(path: Path, size: tuple[int, int], channels: int, fps: float | None = None) -> Tensor:
+    """All frames of a file, [F, C, rows, columns] uint8, resampled to `fps` by taking the newest frame at each tick.
 
     ValueError names a file that holds no readable video.
     """
@@ -139,7 +151,7 @@ def read_video(path: Path, size: int, channels: int, fps: float | None = None) -
             stream = container.streams.video[0]
             for frame in container.decode(stream):
                 pixels = frame.to_ndarray(format="rgb24", dst_color_range=ColorRange.JPEG)
-                frames.append(cover_square(torch.from_numpy(pixels).permute(2, 0, 1), size, channels))
+                frames.append(cover(torch.from_numpy(pixels).permute(2, 0, 1), size, channels))
                 times.append(frame.time if frame.time is not None else len(times) / float(stream.average_rate or 25))
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
@@ -155,15 +167,14 @@ def read_video(path: Path, size: int, channels: int, fps: float | None = None) -
     return video
 
 
-def cover_square(image: Tensor, size: int, channels: int) -> Tensor:
-    """An RGB image [3, H, W] uint8, scaled to cover a square and cropped to its middle: [channels, size, size]."""
-    height, width = image.shape[1:]
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+def cover(image: Tensor, size: tuple[int, int], channels: int) -> Tensor:
+    """An RGB image [3, H, W] uint8, scaled to cover `size` and cropped to its middle: [channels, rows, columns]."""
+    scale = max(wanted / found for wanted, found in zip(size, image.shape[1:], strict=True))
+    shape = [max(wanted, round(found * scale)) for wanted, found in zip(size, image.shape[1:], strict=True)]
     scaled = F.interpolate(image[None].float(), size=shape, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    square = scaled[:, top : top + size, left : left + size]
+    top, left = ((found - wanted) // 2 for wanted, found in zip(size, shape, strict=True))
+    cropped = scaled[:, top : top + size[0], left : left + size[1]]
     if channels == 1:
         luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
-        square = (square * luma[:, None, None]).sum(0, keepdim=True)
-    return square.round().clamp(0, 255).to(torch.uint8)
+        cropped = (cropped * luma[:, None, None]).sum(0, keepdim=True)
+    return cropped.round().clamp(0, 255).to(torch.uint8)

@@ -103,6 +103,14 @@ class TextEncoder(nn.Module):
         return self([""]).expand(batch, -1, -1)
 
 
+def pad_texts(texts: Sequence[Tensor], text_len: int) -> Tensor:
+    """Embeddings [tokens, text_dim] of B captions to a context float32 [B, text_len, text_dim], zeros at the end."""
+    context = torch.zeros(len(texts), text_len, texts[0].shape[1])
+    for row, tokens in zip(context, texts, strict=True):
+        row[: len(tokens)] = tokens
+    return context
+
+
 def drop_captions(captions: Sequence[str], draws: Tensor, probability: float) -> list[str]:
     """Empties each caption whose draw [B] in [0, 1) is below `probability`, to learn the unconditional flow too."""
     return ["" if draw < probability else caption for caption, draw in zip(captions, draws.tolist(), strict=True)]
