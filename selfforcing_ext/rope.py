@@ -30,8 +30,9 @@ def rope_3d(
         x: queries or keys, float32, bfloat16 or float16; L = frames * rows * columns, tokens ordered (frame, row,
             column); D even, up to 256. The last dimension is contiguous, the other strides are free.
         grid: tokens along (frames, rows, columns).
-        start_frame: position of the first frame, in frames: an int, or an int32 tensor [1] on the device of x, which is
-            read when the op runs, so that captured graphs replay with new positions. Rows and columns start at 0.
+        start_frame: position of the first frame, in frames: an int, or an int32 tensor on the device of x, [1] or [B]
+            (every batch entry its own), which is read when the op runs, so that captured graphs replay with new
+            positions. Rows and columns start at 0.
 
     Returns:
         [B, L, H, D], contiguous, in the dtype of x, under autocast too. Angles are float64, the rotation float32.
@@ -118,13 +119,16 @@ def _check_grid(name: str, x: Tensor, grid: Sequence[int]) -> None:
         raise ValueError(f"{name} has {x.shape[1]} tokens, but grid {tuple(grid)} has {num_tokens}")
 
 
-def _start_frame_tensor(start_frame: int | Tensor, x: Tensor) -> Tensor:  # int32 [1]
+def _start_frame_tensor(start_frame: int | Tensor, x: Tensor) -> Tensor:  # int32 [1] or [B]
     if not isinstance(start_frame, Tensor):
         return torch.full((1,), start_frame, dtype=torch.int32, device=x.device)
     if start_frame.dtype != torch.int32:
         raise TypeError(f"start_frame is {dtype_name(start_frame.dtype)}, but must be an int or an int32 tensor")
-    if start_frame.shape != (1,):
-        raise ValueError(f"start_frame has shape {list(start_frame.shape)}, but must be an int or have shape [1]")
+    if start_frame.ndim != 1 or start_frame.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"start_frame has shape {list(start_frame.shape)}, but must be an int or have shape [1] or "
+            f"[{x.shape[0]}] like the batch of x"
+        )
     if start_frame.device != x.device:
         raise ValueError(f"start_frame is on {start_frame.device}, but must be on {x.device} like x")
     return start_frame

@@ -75,6 +75,10 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "rope_3d", f"{name} inverse", (like(x4), start, grid, True)
         yield "qk_norm_rope", name, (like(x3), weight, start, 2, grid, 1e-6)
         yield "qk_norm_rope_backward", name, (like(x4), like(x3), weight, rstd, start, grid)
+    starts = _int32([3, 70])
+    yield "rope_3d", "ragged", (x4, starts, grid, False)
+    yield "qk_norm_rope", "ragged", (x3, weight, starts, 2, grid, 1e-6)
+    yield "qk_norm_rope_backward", "ragged", (x4, x3, weight, rstd, starts, grid)
     yield "rope_3d", "empty", (x4[:, :0], start, [0, 2, 3], False)
     yield "qk_norm_rope", "empty", (x3[:, :0], weight, start, 2, [0, 2, 3], 1e-6)
 

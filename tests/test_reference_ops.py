@@ -79,11 +79,12 @@ def test_attention_refuses_a_mask_of_another_length():
         block_causal_attention(q, q, q, MASKS["block causal"])
 
 
-@pytest.mark.parametrize("start_frame", [0, torch.tensor([3], dtype=torch.int32)], ids=["int", "tensor"])
-def test_rope_gradcheck(start_frame):
-    assert gradcheck(lambda x: rope_3d(x, (2, 1, 2), start_frame), random(1, 4, 2, 8))
+@pytest.mark.parametrize("starts", [None, [3], [3, 0]], ids=str)
+def test_rope_gradcheck(starts):
+    start_frame = 0 if starts is None else torch.tensor(starts, dtype=torch.int32)
+    assert gradcheck(lambda x: rope_3d(x, (2, 1, 2), start_frame), random(2, 4, 2, 8))
     assert gradcheck(
-        lambda x, weight: qk_norm_rope(x, weight, 2, (2, 1, 2), start_frame), (random(1, 4, 16), random(16))
+        lambda x, weight: qk_norm_rope(x, weight, 2, (2, 1, 2), start_frame), (random(2, 4, 16), random(16))
     )
 
 
@@ -92,6 +93,8 @@ def test_rope_start_frame_moves_the_frame_axis_only():
     whole = rope_3d(x, (4, 2, 3))
     torch.testing.assert_close(rope_3d(x[:, 12:], (2, 2, 3), start_frame=2), whole[:, 12:])
     torch.testing.assert_close(whole.norm(dim=-1), x.norm(dim=-1))
+    ragged = rope_3d(torch.cat([x[:, 12:], x[:, :12]]), (2, 2, 3), torch.tensor([2, 0], dtype=torch.int32))
+    torch.testing.assert_close(ragged, torch.cat([whole[:, 12:], whole[:, :12]]))
     with pytest.raises(ValueError, match=r"x has 24 tokens, but grid \(4, 2, 2\) has 16"):
         rope_3d(x, (4, 2, 2))
 

@@ -18,11 +18,16 @@ class Case:
     grid: tuple[int, int, int]
     heads: int
     head_dim: int
-    start_frame: int = 0
+    start_frame: int | tuple[int, ...] = 0  # or one per batch entry
 
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def start(self, device: torch.device | None = None) -> int | torch.Tensor:
+        if isinstance(self.start_frame, int):
+            return self.start_frame
+        return torch.tensor(self.start_frame, dtype=torch.int32, device=device)
 
 
 CASES = [
@@ -32,11 +37,14 @@ CASES = [
     Case(3, (5, 1, 7), 2, 40, start_frame=-2),
     Case(1, (2, 2, 3), 2, 256, start_frame=3),
     Case(2, (3, 16, 16), 3, 64),  # enough for several threads
+    Case(3, (3, 16, 16), 3, 64, start_frame=(9, 9, 9)),
+    Case(4, (2, 8, 16), 3, 64, start_frame=(3, 3, 40, 0)),
     Case(2, (0, 4, 4), 2, 16),
     Case(0, (2, 2, 2), 2, 16),
 ]
 ODD_HEAD_DIMS = [Case(2, (2, 3, 4), 3, 2, start_frame=5), Case(1, (3, 3, 3), 2, 6), Case(2, (2, 3, 2), 1, 34)]
 LARGE = Case(4, (5, 14, 15), 8, 128, start_frame=3)
+RAGGED = Case(3, (2, 3, 4), 2, 16, start_frame=(5, 0, 12))
 LAYOUTS = {"contiguous": None, "strided": padded}
 
 
@@ -54,8 +62,8 @@ def features(case: Case, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 @pytest.mark.parametrize("case", [*CASES, *ODD_HEAD_DIMS], ids=str)
 def test_rope_3d_parity(case, dtype, layout, device):
     assert_parity(
-        lambda x: rope_3d(x, case.grid, case.start_frame),
-        lambda x: definition.rope_3d(x, case.grid, case.start_frame),
+        lambda x: rope_3d(x, case.grid, case.start(x.device)),
+        lambda x: definition.rope_3d(x, case.grid, case.start()),
         {"x": heads(case)},
         {"x": dtype},
         (lambda x: padded(x, (0, 1, 2))) if layout == "strided" else None,
@@ -69,10 +77,9 @@ def test_rope_3d_parity(case, dtype, layout, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_qk_norm_rope_parity(case, dtype, weight_dtype, layout, device):
-    arguments = (case.heads, case.grid, case.start_frame, 1e-3)
     assert_parity(
-        lambda x, weight: qk_norm_rope(x, weight, *arguments),
-        lambda x, weight: definition.qk_norm_rope(x, weight, *arguments),
+        lambda x, weight: qk_norm_rope(x, weight, case.heads, case.grid, case.start(x.device), 1e-3),
+        lambda x, weight: definition.qk_norm_rope(x, weight, case.heads, case.grid, case.start(), 1e-3),
         {"x": features(case), "weight": torch.randn(case.heads * case.head_dim, dtype=torch.float64)},
         {"x": dtype, "weight": weight_dtype or dtype},
         (lambda x: padded(x) if x.ndim == 3 else x) if layout == "strided" else None,
@@ -129,6 +136,18 @@ def test_start_frame_tensor_is_read_when_the_op_runs():
         )
 
 
+def test_batch_entries_with_starts_of_their_own_are_calls_of_their_own():
+    x, weight = features(RAGGED, torch.float32).requires_grad_(), torch.rand(32, requires_grad=True)
+    grads = torch.randn(3, RAGGED.tokens, 2, 16)
+    y = qk_norm_rope(x, weight, 2, RAGGED.grid, RAGGED.start())
+    (grad_x,) = torch.autograd.grad(y, x, grads)
+    for i, start in enumerate(RAGGED.start_frame):
+        own = x[i : i + 1].detach().requires_grad_()
+        expected = qk_norm_rope(own, weight, 2, RAGGED.grid, start)
+        assert_same_bits(y[i : i + 1].detach(), expected.detach())
+        assert_same_bits(grad_x[i : i + 1], torch.autograd.grad(expected, own, grads[i : i + 1])[0])
+
+
 def test_rope_3d_twice_differentiable():
     x = heads(CASES[1], torch.float32).requires_grad_()
     (first,) = torch.autograd.grad(rope_3d(x, CASES[1].grid).square().sum(), x, create_graph=True)
@@ -144,7 +163,7 @@ def test_compile_fullgraph():
         return rope_3d(q, case.grid, 2).square().sum()
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for start_frame in (4, 9, torch.tensor([5], dtype=torch.int32)):
+    for start_frame in (4, 9, *(torch.tensor(start, dtype=torch.int32) for start in ([5], [5, 70]))):
         x, weight = features(case, torch.float32).requires_grad_(), torch.rand(48, requires_grad=True)
         expected, actual = block(x, weight, start_frame), compiled(x, weight, start_frame)
         torch.testing.assert_close(actual, expected)
@@ -163,15 +182,15 @@ def test_autocast_changes_nothing():
 
 
 def test_same_bits_with_any_number_of_threads():
-    case = CASES[5]
+    case = CASES[7]
     x, weight = features(case, torch.float32), torch.rand(192)
-    weights = torch.randn(2, case.tokens, 3, 64)
+    weights = torch.randn(4, case.tokens, 3, 64)
     results = []
     for threads in (1, 2, 2):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         with num_threads(threads):
-            y = qk_norm_rope(*leaves, 3, case.grid)
-            results.append((y, *torch.autograd.grad((y * weights).sum(), leaves), rope_3d(y, case.grid)))
+            y = qk_norm_rope(*leaves, 3, case.grid, case.start())
+            results.append((y, *torch.autograd.grad((y * weights).sum(), leaves), rope_3d(y, case.grid, case.start())))
     for result in results[1:]:
         for actual, expected in zip(result, results[0], strict=True):
             assert_same_bits(actual.detach(), expected.detach())
@@ -200,7 +219,12 @@ X4, X3, WEIGHT = torch.zeros(1, 24, 2, 8), torch.zeros(1, 24, 16), torch.ones(16
         (
             lambda: rope_3d(X4, GRID, torch.zeros(2, dtype=torch.int32)),
             ValueError,
-            r"start_frame has shape \[2\], but must be an int or have shape \[1\]",
+            r"start_frame has shape \[2\], but must be an int or have shape \[1\] or \[1\] like the batch of x",
+        ),
+        (
+            lambda: rope_3d(X4.repeat(3, 1, 1, 1), GRID, torch.zeros(1, 3, dtype=torch.int32)),
+            ValueError,
+            r"start_frame has shape \[1, 3\], but must be an int or have shape \[1\] or \[3\] like the batch of x",
         ),
         (
             lambda: rope_3d(X4, GRID, torch.zeros(1, dtype=torch.int32, device="meta")),
@@ -245,6 +269,11 @@ START = torch.zeros(1, dtype=torch.int32)
         (lambda: ops.rope_3d(X4, START, (1, 2, 3), False), r"x has 24 tokens, but grid \[1, 2, 3\] has 6"),
         (lambda: ops.rope_3d(X4, START, (24,), False), "grid has 1 sizes, but must have 3"),
         (lambda: ops.rope_3d(X4, START.long(), GRID, False), "start_frame is int64, but must be int32"),
+        (
+            lambda: ops.rope_3d(X4.repeat(3, 1, 1, 1), START.repeat(2), GRID, False),
+            r"start_frame has shape \[2\], but must be \[1\] or \[B\] = \[3\]",
+        ),
+        (lambda: ops.rope_3d(X4, START[0], GRID, False), r"start_frame has shape \[\], but must be \[1\]"),
         (
             lambda: ops.rope_3d(X4.double(), START, GRID, False),
             "x is float64, but must be float32, bfloat16 or float16",

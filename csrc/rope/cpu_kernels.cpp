@@ -11,25 +11,28 @@ namespace {
 
 constexpr int kMaxHeadDim = 256;
 
-// Tokens whose angles are gathered at a time; then every stream visits them, each its own stretch of memory.
+// Tokens whose angles are gathered at a time; then every stream visits them, each its own stretch of memory, with
+// angles gathered anew where it starts at another frame than the stream before.
 constexpr int64_t kBlockTokens = 16;
 
 // Cosines and signed sines of the D channels of consecutive tokens, gathered from the table (layout: cpu.cpp).
 class Angles {
  public:
   explicit Angles(const RopeParams& params) : axes_(params.axes), stride_(params.head_dim + kLanes) {
-    for (int axis = 0; axis < 3; ++axis) rows_[axis] = params.table + 4 * axes_.table_offset(axis);
+    const RopeAxes table_axes = params.table_axes();
+    for (int axis = 0; axis < 3; ++axis) rows_[axis] = params.table + 4 * table_axes.table_offset(axis);
   }
 
-  // At most kBlockTokens tokens, from `first` on.
-  void gather(int64_t first, int64_t count) {
+  // At most kBlockTokens tokens, from `first` on, of streams with this start.
+  void gather(int64_t first, int64_t count, int64_t start) {
+    const float* rows[] = {rows_[0] + 4 * start * axes_.table_offset(1), rows_[1], rows_[2]};
     int64_t position[3], rest = first;
     for (int axis = 2; axis >= 0; rest /= axes_.size[axis--]) position[axis] = rest % axes_.size[axis];
     for (int64_t token = 0; token < count; ++token) {
       float* to = values_ + token * 2 * stride_;
       for (int axis = 0; axis < 3; ++axis) {
         const int64_t width = 2 * axes_.pairs[axis];
-        const float* from = rows_[axis] + position[axis] * 2 * width;
+        const float* from = rows[axis] + position[axis] * 2 * width;
         // Whole vectors: what is too much is overwritten by the next axis or lies between the rows.
         for (int64_t i = 0; i < width; i += kLanes) {
           Float32::narrow(to + i, Float32::widen(from + i));
@@ -71,8 +74,12 @@ SELFFORCING_INLINE void for_blocks(const RopeParams& params, int64_t begin, int6
   Angles angles(params);
   for (int64_t first = begin; first < end; first += kBlockTokens) {
     const int64_t count = end - first < kBlockTokens ? end - first : kBlockTokens;
-    angles.gather(first, count);
-    for (int64_t batch = 0; batch < params.batch; ++batch) visit(batch, first, count, angles);
+    for (int64_t batch = 0; batch < params.batch; ++batch) {
+      const int64_t start = params.start_of(batch);
+      if (batch == 0 || params.start_frame[start] != params.start_frame[params.start_of(batch - 1)])
+        angles.gather(first, count, start);
+      visit(batch, first, count, angles);
+    }
   }
 }
 

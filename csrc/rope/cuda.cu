@@ -14,32 +14,34 @@ constexpr int64_t kFloatsPerEntry = 2;
 constexpr int kTableThreads = 128;
 
 __global__ void __launch_bounds__(kTableThreads) fill_table_kernel(const RopeParams params) {
-  const RopeAxes& axes = params.axes;
+  const RopeAxes axes = params.table_axes();
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
   if (entry >= axes.table_entries()) return;
   const int32_t axis = entry >= axes.table_offset(2) ? 2 : entry >= axes.table_offset(1) ? 1 : 0;
   const int64_t within = entry - axes.table_offset(axis);
   const int32_t pairs = axes.pairs[axis], pair = static_cast<int32_t>(within % pairs);
-  const int64_t position = within / pairs + (axis == 0 ? params.start_frame[0] : 0);
+  const int32_t frames = params.axes.size[0];
+  int64_t position = within / pairs;
+  if (axis == 0) position = position % frames + params.start_frame[position / frames];
   const double angle = static_cast<double>(position) * axes.frequency(axis, pair);
   const double sine = sin(angle);
   reinterpret_cast<float2*>(params.table)[entry] = {static_cast<float>(cos(angle)),
                                                     static_cast<float>(params.inverse ? -sine : sine)};
 }
 
-// The rows of the table that turn one token, each moved so that it is indexed by the pair's number in the head.
+// The rows of the table that turn a stream's token, each moved so that it is indexed by the pair's number in the head.
 class TokenAngles {
  public:
-  __device__ __forceinline__ TokenAngles(const RopeParams& params, int64_t token)
+  __device__ __forceinline__ TokenAngles(const RopeParams& params, int64_t stream, int64_t token)
       : frame_pairs_(params.axes.pairs[0]), row_pairs_end_(params.axes.pairs[0] + params.axes.pairs[1]) {
-    const RopeAxes& axes = params.axes;
+    const RopeAxes &axes = params.axes, table_axes = params.table_axes();
     const float2* table = reinterpret_cast<const float2*>(params.table);
     const int32_t column = static_cast<int32_t>(token % axes.size[2]);
     const int32_t row = static_cast<int32_t>(token / axes.size[2] % axes.size[1]);
     const int32_t frame = static_cast<int32_t>(token / axes.size[2] / axes.size[1]);
-    frame_ = table + static_cast<int64_t>(frame) * axes.pairs[0];
-    row_ = table + axes.table_offset(1) + static_cast<int64_t>(row) * axes.pairs[1] - frame_pairs_;
-    column_ = table + axes.table_offset(2) + static_cast<int64_t>(column) * axes.pairs[2] - row_pairs_end_;
+    frame_ = table + (params.start_of(stream) * axes.size[0] + frame) * axes.pairs[0];
+    row_ = table + table_axes.table_offset(1) + static_cast<int64_t>(row) * axes.pairs[1] - frame_pairs_;
+    column_ = table + table_axes.table_offset(2) + static_cast<int64_t>(column) * axes.pairs[2] - row_pairs_end_;
   }
 
   // Rotates channels [d, d + kWidth) of a head; d is even.
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_3d_kernel(const RopeParams 
   const int64_t token = index / groups, batch = blockIdx.z;
   if (token >= params.axes.num_tokens()) return;
   const int32_t d = static_cast<int32_t>(index - token * groups) * kWidth;
-  const TokenAngles angles(params, token);
+  const TokenAngles angles(params, batch, token);
   const T* x = row<T>(params.x, batch, token) + d;
   T* y = row<T>(params.y, batch, token) + d;
 #pragma unroll
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRope
   const float mean = ptx::warp_sum(squares) / static_cast<float>(params.num_heads * params.head_dim);
   const float rstd = 1.0f / sqrtf(mean + params.eps);
   if (threadIdx.x % ptx::kWarpSize == 0) params.rstd[index] = rstd;
-  const TokenAngles angles(params, token);
+  const TokenAngles angles(params, batch, token);
   for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
     float values[kWidth], weights[kWidth];
     ptx::load_elements<T>(x + c, values);  // from the first-level cache
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_grad_x_kernel(const QkN
   const T* x = row<T>(params.features, batch, token);
   T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
   const float rstd = params.rstd[index];
-  const TokenAngles angles(params, token);
+  const TokenAngles angles(params, batch, token);
   const auto load = [&](int32_t c, int32_t head, int32_t d, float (&grads)[kWidth], float (&normed)[kWidth]) {
     float weights[kWidth];
     ptx::load_elements<T>(grad_y + head * params.x.head_stride + d, grads);
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kSumThreads)
                              ptx::load_elements<T>(row<T>(params.x, batch, token) + head * params.x.head_stride + d,
                                                    grads);
                              ptx::load_elements<T>(row<T>(params.features, batch, token) + c, values);
-                             TokenAngles(params, token).rotate(grads, d);
+                             TokenAngles(params, batch, token).rotate(grads, d);
                              const float rstd = params.rstd[index];
 #pragma unroll
                              for (int i = 0; i < kWidth; ++i) totals[0][i] += grads[i] * values[i] * rstd;
@@ -241,7 +243,7 @@ unsigned num_blocks(int64_t items, int64_t per_block) {
 }
 
 int32_t fill_table(const RopeParams& params) {
-  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.axes.table_entries(), kTableThreads)),
+  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.table_axes().table_entries(), kTableThreads)),
                      dim3(kTableThreads), 0, params.stream, params);
 }
 
@@ -254,7 +256,9 @@ ptx::RangeSums<1> range_sums(const QkNormRopeBackwardParams& params) {
 
 }  // namespace
 
-int64_t rope_table_floats_cuda(const RopeParams& params) { return kFloatsPerEntry * params.axes.table_entries(); }
+int64_t rope_table_floats_cuda(const RopeParams& params) {
+  return kFloatsPerEntry * params.table_axes().table_entries();
+}
 
 int32_t rope_3d_cuda(const RopeParams& params) {
   const int32_t error = fill_table(params);

@@ -26,17 +26,20 @@ void fill_params(RopeParams& p, const Tensor& x, const char* name, int64_t num_t
                 columns = size_int32(grid[2], "grid[2]");
   check(num_tokens == frames * rows * columns, name, " has ", num_tokens, " tokens, but grid [", frames, ", ", rows,
         ", ", columns, "] has ", frames * rows * columns);
-  check_shape(start_frame, "start_frame", "[1]", {1});
+  p.batch = size_int32(x.size(0), "B");
+  check(start_frame.dim() == 1 && (start_frame.size(0) == 1 || start_frame.size(0) == p.batch),
+        "start_frame has shape ", shape_text(start_frame), ", but must be [1] or [B] = [", p.batch, "]");
   check_index_tensor(start_frame, "start_frame", x, "x");
 
-  p.batch = size_int32(x.size(0), "B");
   p.num_heads = size_int32(num_heads, "num_heads");
   p.head_dim = static_cast<int32_t>(head_dim);
   p.axes = RopeAxes(frames, rows, columns, static_cast<int32_t>(head_dim));
   p.start_frame = start_frame.const_data_ptr<int32_t>();
+  p.num_starts = static_cast<int32_t>(start_frame.size(0));
+  size_int32(p.num_starts * frames, "the number of all streams' frames");
 }
 
-// x [B, L, H, D]; start_frame int32 [1]; grid (frames, rows, columns). -> [B, L, H, D]
+// x [B, L, H, D]; start_frame int32 [1] or [B]; grid (frames, rows, columns). -> [B, L, H, D]
 Tensor rope_3d(const Tensor& x, const Tensor& start_frame, const std::vector<int64_t>& grid, bool inverse) {
   check_shape(x, "rope_3d: x", "[B, L, H, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
   RopeParams p;
@@ -59,7 +62,7 @@ void check_weight(const Tensor& weight, const char* name, int64_t channels, cons
   check_contiguous(weight, name);
 }
 
-// x [B, L, H * D]; weight float32 [H * D]; start_frame int32 [1]. -> y [B, L, H, D], rstd float32 [B, L]
+// x [B, L, H * D]; weight float32 [H * D]; start_frame int32 [1] or [B]. -> y [B, L, H, D], rstd float32 [B, L]
 std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& x, const Tensor& weight, const Tensor& start_frame,
                                         int64_t num_heads, const std::vector<int64_t>& grid, double eps) {
   check_shape(x, "qk_norm_rope: x", "[B, L, H * D]", {kAnySize, kAnySize, kAnySize});

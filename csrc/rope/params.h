@@ -13,7 +13,8 @@ struct RopeParams {
   int32_t num_heads = 0;
   int32_t head_dim = 0;                  // D, even, up to 256
   RopeAxes axes;                         // num_tokens() == L
-  const int32_t* start_frame = nullptr;  // [1]: position of the first frame, on the op's device
+  const int32_t* start_frame = nullptr;  // [num_starts]: position of the first frame, on the op's device
+  int32_t num_starts = 1;                // 1, which all streams share, or batch
   float* table = nullptr;  // rope_table_floats_*(), scratch: cosines and sines, filled first, computed in double
   bool inverse = false;
 
@@ -22,6 +23,15 @@ struct RopeParams {
 
   Parallel parallel;       // CPU
   void* stream = nullptr;  // CUDA
+
+  SELFFORCING_HOST_DEVICE int64_t start_of(int64_t stream) const { return num_starts == 1 ? 0 : stream; }
+
+  // Axes of the table: its frames are those of every start, one after another.
+  SELFFORCING_HOST_DEVICE RopeAxes table_axes() const {
+    RopeAxes of_table = axes;
+    of_table.size[0] *= num_starts;
+    return of_table;
+  }
 };
 
 // y = rope(x rstd weight), rstd = 1 / sqrt(mean over all H * D channels of x^2 + eps).

@@ -22,7 +22,8 @@ struct Kernels {
 // Heads that follow each other, with `gap` elements between tokens, `offset` in front.
 struct Case {
   DType dtype;
-  int32_t batch, num_heads, head_dim, frames, rows, columns, start_frame;
+  int32_t batch, num_heads, head_dim, frames, rows, columns;
+  std::vector<int32_t> start_frames;  // one or, of every stream, its own
   int64_t gap, offset;
 
   int64_t tokens_of_stream() const { return static_cast<int64_t>(frames) * rows * columns; }
@@ -38,18 +39,19 @@ struct Case {
   void describe(RopeParams& p) const {
     p.dtype = dtype, p.batch = batch, p.num_heads = num_heads, p.head_dim = head_dim;
     p.axes = RopeAxes(frames, rows, columns, head_dim);
-    p.start_frame = &start_frame;
+    p.start_frame = start_frames.data(), p.num_starts = static_cast<int32_t>(start_frames.size());
   }
 
-  // The angle of a channel pair: a third of the pairs, rounded down, turns with the column, as many with the row, the
-  // others with the frame.
+  // The angle of a channel pair of one of the B * L tokens: a third of the pairs, rounded down, turns with the column,
+  // as many with the row, the others with the frame.
   double angle(int64_t token, int32_t pair) const {
     const int32_t third = head_dim / 2 / 3, of_frame = head_dim / 2 - 2 * third;
     const auto turn = [](int64_t position, int32_t j, int32_t pairs) {
       return position * std::pow(10000.0, -static_cast<double>(j) / pairs);
     };
     const int64_t column = token % columns, row = token / columns % rows, frame = token / columns / rows % frames;
-    if (pair < of_frame) return turn(start_frame + frame, pair, of_frame);
+    const int32_t start = start_frames[start_frames.size() == 1 ? 0 : token / tokens_of_stream()];
+    if (pair < of_frame) return turn(start + frame, pair, of_frame);
     if (pair < of_frame + third) return turn(row, pair - of_frame, third);
     return turn(column, pair - of_frame - third, third);
   }
@@ -135,9 +137,10 @@ inline void check_qk_norm_rope(const Case& c, const Kernels& kernels, const std:
 
 inline void check_all(const Kernels& kernels, const std::vector<int>& thread_counts) {
   for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
-    for (const Case& c : {Case{dtype, 2, 3, 32, 2, 3, 4, 5, 0, 0}, Case{dtype, 1, 2, 40, 3, 2, 2, 0, 0, 0},
-                          Case{dtype, 1, 1, 128, 2, 5, 5, 700, 8, 0}, Case{dtype, 2, 2, 8, 1, 3, 2, 1, 3, 1},
-                          Case{dtype, 1, 12, 64, 9, 4, 4, 30, 0, 0}}) {
+    for (const Case& c : {Case{dtype, 2, 3, 32, 2, 3, 4, {5}, 0, 0}, Case{dtype, 1, 2, 40, 3, 2, 2, {0}, 0, 0},
+                          Case{dtype, 1, 1, 128, 2, 5, 5, {700}, 8, 0}, Case{dtype, 2, 2, 8, 1, 3, 2, {1}, 3, 1},
+                          Case{dtype, 1, 12, 64, 9, 4, 4, {30}, 0, 0}, Case{dtype, 3, 2, 16, 2, 2, 3, {4, 4, 4}, 0, 0},
+                          Case{dtype, 4, 3, 32, 3, 3, 4, {7, 2, 2, 50}, 0, 0}}) {
       check_rope_3d(c, kernels, thread_counts), check_qk_norm_rope(c, kernels, thread_counts);
     }
 }

@@ -21,7 +21,7 @@ def rope_3d(
     Args:
         x: queries or keys, L = frames * rows * columns, tokens ordered (frame, row, column); D even.
         grid: tokens along (frames, rows, columns).
-        start_frame: position of the first frame, an int or an int32 tensor [1]; rows and columns start at 0.
+        start_frame: position of the first frame, an int or an int32 tensor [1] or [B]; rows and columns start at 0.
 
     Returns:
         [B, L, H, D] in the dtype of x; the rotation is computed in float32 (float64 for float64).
@@ -29,7 +29,7 @@ def rope_3d(
     if x.shape[1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(f"x has {x.shape[1]} tokens, but grid {tuple(grid)} has {grid[0] * grid[1] * grid[2]}")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    angles = rope_angles(x.shape[-1], grid, start_frame, x.device)[:, None, :]  # [L, 1, D / 2]
+    angles = rope_angles(x.shape[-1], grid, start_frame, x.device).unsqueeze(2)  # [1 or B, L, 1, D / 2]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     real, imaginary = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
@@ -66,19 +66,21 @@ def qk_norm_rope(
 
 def rope_angles(
     head_dim: int, grid: tuple[int, int, int], start_frame: int | Tensor, device: torch.device
-) -> Tensor:  # float64 [F * H * W, D / 2]
-    """Angle of every token and channel pair, in radians.
+) -> Tensor:  # float64 [1 or B, F * H * W, D / 2]
+    """Angle of every token and channel pair, in radians; of every batch entry where start_frame has them.
 
     Of the D / 2 pairs, D // 6 belong to the row, D // 6 to the column and the rest, first, to the frame.
     """
     pairs = head_dim // 2
     spatial = pairs // 3
-    positions = [torch.arange(length, dtype=torch.float64, device=device) for length in grid]
-    positions[0] = positions[0] + start_frame
+    positions = [torch.arange(length, dtype=torch.float64, device=device).unsqueeze(0) for length in grid]
+    positions[0] = positions[0] + torch.as_tensor(start_frame, device=device).view(-1, 1)
+    starts = positions[0].shape[0]
     axes = []
     for axis, (position, count) in enumerate(zip(positions, (pairs - 2 * spatial, spatial, spatial), strict=True)):
         exponent = torch.arange(count, dtype=torch.float64, device=device) / max(count, 1)
-        shape = [1, 1, 1, count]
-        shape[axis] = grid[axis]
-        axes.append(torch.outer(position, ROPE_BASE**-exponent).view(shape).expand(*grid, count))
-    return torch.cat(axes, dim=-1).flatten(0, 2)
+        shape = [position.shape[0], 1, 1, 1, count]
+        shape[1 + axis] = grid[axis]
+        turns = position.unsqueeze(-1) * ROPE_BASE**-exponent
+        axes.append(turns.view(shape).expand(starts, *grid, count))
+    return torch.cat(axes, dim=-1).flatten(1, 3)
