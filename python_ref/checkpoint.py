@@ -190,14 +190,12 @@ def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _empty_state(prefix: str, optimizer: torch.optim.Optimizer, stored: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Tensors for the stored state of an optimizer, sharded as its parameters are; one that never stepped has none."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Tensors for the stored state of an optimizer: scalars, and what is shaped and sharded as its parameter is."""
     empty = {}
-    for key, shape in stored.items():
-        if not key.startswith(prefix):
-            continue
-        parameter = parameters[int(key.removeprefix(prefix).split(".", 1)[0])]
-        empty[key] = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape)
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, shape in stored.items():
+            if key.startswith(f"{prefix}{number}."):
+                empty[key] = torch.zeros_like(parameter) if shape else torch.zeros(())
     return empty
 
 
