@@ -14,6 +14,8 @@ from torch import Tensor
 from selfforcing_ext.checks import check_float_tensor, check_head_dim, check_heads, dtype_name
 from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 
+ROPE_BASE = 10000.0  # as in csrc/geometry/rope_axes.h
+
 
 @nvtx_range("rope_3d")
 def rope_3d(
@@ -111,9 +113,41 @@ def qk_norm_rope(
     return y
 
 
-def _check_grid(name: str, x: Tensor, grid: Sequence[int]) -> None:
+def rope_table(
+    grid: Sequence[int], head_dim: int, device: torch.device | str | None = None
+) -> Tensor:  # float32 [entries, 2]
+    """Cosine and sine of the angle by which ``rope_3d`` turns every pair of channels at every position of every axis.
+
+    What attention takes to rotate keys when they are read (csrc/geometry/pages.h). The entries of an axis are
+    [positions, pairs], first those of the frame, then of the row, then of the column. Angles are float64.
+
+    Args:
+        grid: positions along (frames, rows, columns), each from 0 on.
+        head_dim: D, even, up to 256.
+        device: of the table.
+
+    Raises:
+        ValueError: a grid that does not have three sizes, or a head dim that is not accepted.
+    """
+    _check_grid_sizes(grid)
+    if head_dim % 2 or not 2 <= head_dim <= 256:
+        raise ValueError(f"head_dim is {head_dim}, but must be even and up to 256")
+    spatial = head_dim // 6
+    angles = []
+    for size, pairs in zip(grid, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
+        frequencies = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+        angles.append(torch.outer(torch.arange(size, dtype=torch.float64), frequencies).flatten())
+    turns = torch.cat(angles)
+    return torch.stack([turns.cos(), turns.sin()], dim=-1).float().to(device)
+
+
+def _check_grid_sizes(grid: Sequence[int]) -> None:
     if len(grid) != 3 or any(size < 0 for size in grid):
         raise ValueError(f"grid is {tuple(grid)}, but must be the numbers of tokens along (frames, rows, columns)")
+
+
+def _check_grid(name: str, x: Tensor, grid: Sequence[int]) -> None:
+    _check_grid_sizes(grid)
     num_tokens = grid[0] * grid[1] * grid[2]
     if x.shape[1] != num_tokens:
         raise ValueError(f"{name} has {x.shape[1]} tokens, but grid {tuple(grid)} has {num_tokens}")

@@ -10,6 +10,7 @@ from elementwise import DEVICES, DTYPES, NAMES, assert_parity, assert_whole_is_i
 from python_ref.ops import rope as definition
 from selfforcing_ext import qk_norm_rope, rope_3d
 from selfforcing_ext.library import ops
+from selfforcing_ext.rope import rope_table
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,21 @@ def test_batch_entries_with_starts_of_their_own_are_calls_of_their_own():
         assert_same_bits(grad_x[i : i + 1], torch.autograd.grad(expected, own, grads[i : i + 1])[0])
 
 
+@pytest.mark.parametrize("head_dim", [2, 8, 34, 64, 128])
+def test_rope_table_has_the_turns_of_every_axis(head_dim):
+    """Of the vector (1, 0, 1, 0, ...) rope_3d makes the cosines and sines."""
+    grid = (40, 3, 5)
+    table = rope_table(grid, head_dim)
+    x = torch.zeros(1, grid[0] * grid[1] * grid[2], 1, head_dim)
+    x[..., ::2] = 1
+    turns = rope_3d(x, grid).view(*grid, head_dim // 2, 2)
+    pairs = [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
+    frame, row, column = turns.split(pairs, dim=3)
+    expected = torch.cat([frame[:, 0, 0].flatten(0, 1), row[0, :, 0].flatten(0, 1), column[0, 0].flatten(0, 1)])
+    assert (table.dtype, table.shape) == (torch.float32, expected.shape)
+    torch.testing.assert_close(table, expected, rtol=0, atol=torch.finfo(torch.float32).eps)
+
+
 def test_rope_3d_twice_differentiable():
     x = heads(CASES[1], torch.float32).requires_grad_()
     (first,) = torch.autograd.grad(rope_3d(x, CASES[1].grid).square().sum(), x, create_graph=True)
@@ -208,6 +224,8 @@ X4, X3, WEIGHT = torch.zeros(1, 24, 2, 8), torch.zeros(1, 24, 16), torch.ones(16
         (lambda: rope_3d(X4.transpose(2, 3), GRID), ValueError, "x has stride 8 in its last dimension"),
         (lambda: rope_3d(X4[..., :7], GRID), ValueError, "x has head dim 7, but must have an even one up to 256"),
         (lambda: rope_3d(torch.zeros(1, 24, 1, 258), GRID), ValueError, "x has head dim 258, but must"),
+        (lambda: rope_table(GRID, 7), ValueError, "head_dim is 7, but must be even and up to 256"),
+        (lambda: rope_table((2, 3), 8), ValueError, r"grid is \(2, 3\), but must be the numbers of tokens"),
         (lambda: rope_3d(X4, (2, 3, 5)), ValueError, r"x has 24 tokens, but grid \(2, 3, 5\) has 30"),
         (lambda: rope_3d(X4, (6, 4)), ValueError, r"grid is \(6, 4\), but must be the numbers of tokens"),
         (lambda: rope_3d(X4, (-2, -3, 4)), ValueError, r"grid is \(-2, -3, 4\), but must be the numbers"),
