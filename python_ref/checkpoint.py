@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from python_ref.processes import is_first_process, wait_for_all, whole_tensors
+from python_ref.processes import is_first_process, part_of_batch, wait_for_all, whole_tensors
 
 _NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".writing_"
@@ -122,6 +122,8 @@ class Checkpointer:
         _check_same(path, wanted, {key: tensor.shape for key, tensor in tensors.items()})
         with _single_process_is_fine():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        for module in modules.values():
+            module.load_state_dict(module.state_dict())  # the values are there; this tells the module so
         for name, optimizer in optimizers.items():
             prefix = f"{_OPTIMIZERS}{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -181,12 +183,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Weights and buffers under the names that they have in a checkpoint."""
-    return {
-        f"{_MODULES}{name}.{key}": tensor
-        for name, module in modules.items()
-        for key, tensor in module.state_dict().items()
-    }
+    """Weights and buffers under the names that they have in a checkpoint. Buffers named in `batch_dims` of their module
+    are this process's part, along that dimension, of what belongs to a whole batch."""
+    tensors = {}
+    for name, module in modules.items():
+        batch_dims = getattr(module, "batch_dims", {})
+        for key, tensor in module.state_dict().items():
+            part = part_of_batch(tensor, batch_dims[key]) if key in batch_dims else tensor
+            tensors[f"{_MODULES}{name}.{key}"] = part
+    return tensors
 
 
 def _empty_state(prefix: str, optimizer: torch.optim.Optimizer, stored: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 BUCKET_BYTES = 64 * 2**20  # of gradients that are reduced together: large messages, little extra memory
 
@@ -103,6 +104,13 @@ def share_first_weights(module: nn.Module) -> None:
 def local_tensors(tensors: Iterator[Tensor]) -> list[Tensor]:
     """This process's parts of sharded tensors, and other tensors as they are. Writing to them writes to the tensors."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def part_of_batch(tensor: Tensor, dim: int) -> Tensor:
+    """The tensor as one of all processes' equal parts of a sharded one. Writing to its part writes to the tensor."""
+    if process_count() == 1:
+        return tensor
+    return DTensor.from_local(tensor, init_device_mesh(tensor.device.type, (process_count(),)), [Shard(dim)])
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

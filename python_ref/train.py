@@ -4,6 +4,7 @@ processes: `torchrun --nproc-per-node 2 -m python_ref.train --config ... distrib
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def train(config: Config) -> Path:
     source = open_source(config.data)
     digits = config.data.source == "moving_digits"
     prompts = None if digits else source.captions(0, config.logging.sample_prompts)
-    stage = make_stage(config, source.of_share(batch_share(config.distributed)))
+    stage = make_stage(config, replace(source, share=batch_share(config.distributed)))
     return Trainer(config, stage, prompts, source.show).run()
 
 

@@ -1,7 +1,7 @@
 """The one form in which training meets its data, whatever they are made from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,8 +17,8 @@ from python_ref.models.wan_vae import WanVideoAutoencoder
 class TrainingSource:
     """An endless sequence of captioned videos; `batch(first, size)` depends on nothing but its arguments.
 
-    Where processes share the batches (`of_share`), a batch is named by its place among all videos, and `share.noise`
-    and `share.rows` give the random draws that belong to the part that comes.
+    Processes that train together work on the same batches: each takes its `part` of them, and from `share.noise` and
+    `share.rows` the random draws that belong to it.
     """
 
     batch: Callable[[int, int], tuple[Tensor, list[str]]]  # video [B, F, C, H, W] in -1..1 or latents, B captions
@@ -31,14 +31,12 @@ class TrainingSource:
     show: Callable[[Tensor], Tensor] = lambda video: video  # to what people can look at, [B, F, 1 or 3, H, W] in -1..1
     share: BatchShare = field(default_factory=BatchShare)
 
-    def of_share(self, share: BatchShare) -> "TrainingSource":
-        """The same batches, of each of which only this process's part is made."""
-        return replace(
-            self,
-            batch=lambda first, size: self.batch(*share.place(first, size)),
-            captions=lambda first, size: self.captions(*share.place(first, size)),
-            share=share,
-        )
+    def part(self, first: int, size: int) -> tuple[Tensor, list[str]]:
+        """What this process works on of `batch(first, size)`; the rest is not made."""
+        return self.batch(*self.share.place(first, size))
+
+    def captions_of_part(self, first: int, size: int) -> list[str]:
+        return self.captions(*self.share.place(first, size))
 
 
 def video_shape(config: DataConfig) -> tuple[int, int, tuple[int, int]]:

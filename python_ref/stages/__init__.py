@@ -10,7 +10,13 @@ from python_ref.models.captioned import CaptionedModel
 
 
 class Stage(Protocol):
-    """What a trainer needs of a stage. Everything that changes lies in `modules` and `optimizers`."""
+    """What a trainer needs of a stage. Everything that changes lies in `modules` and `optimizers`.
+
+    Where several processes train together, a stage works on `TrainingSource.part` of every batch with the draws of
+    `TrainingSource.share`, and passes its networks to `python_ref.distributed.distribute` before it makes `Learner`s.
+    Buffers of a module that belong to the samples of that part are named, with their batch dimension, in its attribute
+    `batch_dims`; all other tensors of a module are the same in every process.
+    """
 
     name: str
     total_steps: int

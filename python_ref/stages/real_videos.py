@@ -58,7 +58,7 @@ class RealVideoStage:
     def _loss(self, batch_number: int) -> Tensor:
         size = self.settings.batch_size
         generator = derived_generator(self.config.seed, self.name, "batch", batch_number)
-        video, captions = self.source.batch(batch_number * size, size)
+        video, captions = self.source.part(batch_number * size, size)
         draws = self.source.share.rows(torch.rand(size, generator=generator))
         captions = drop_captions(captions, draws, self.settings.caption_dropout)
         with network_precision(self.config.precision):

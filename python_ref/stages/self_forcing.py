@@ -73,7 +73,7 @@ class SelfForcingStage:
     def train_step(self, step: int) -> dict[str, float]:
         source = self.source.share.noise(derived_generator(self.config.seed, self.name, "step", step))
         size = self.settings.batch_size
-        captions = self.source.captions(step * size, size)
+        captions = self.source.captions_of_part(step * size, size)
         with network_precision(self.config.precision):
             context, uncond = self.network.contexts(captions)
         metrics: dict[str, float] = {}
