@@ -55,13 +55,19 @@ def masked_softmax_attention(
     v: Tensor,  # [B, Lk, H_kv, D]
     visible: Tensor | None,  # bool [Lq, Lk]
     softmax_scale: float | None = None,
+    bias: Tensor | None = None,  # [Lk]
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Lq, H, D] and lse [B, H, Lq] under a dense mask (None: everything is visible)."""
+    """out [B, Lq, H, D] and lse [B, H, Lq] under a dense mask (None: everything is visible).
+
+    ``bias``: added to the scaled scores of each key.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype))
+    if bias is not None:
+        scores = scores + bias.to(dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     # A row without keys has maximum -inf and sum 0; both are replaced before they can make a NaN, also in backward.
