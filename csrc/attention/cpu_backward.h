@@ -18,7 +18,7 @@ namespace SELFFORCING_ISA {
 template <typename Op, int kVectors>
 __attribute__((noinline)) void differentiate_panel(const TileBuffers& tile, const BackwardPlan& plan,
                                                    const HeadBuffers& head, int64_t lane, int offset, int count,
-                                                   int dim, float softmax_scale) {
+                                                   int dim, float softmax_scale, float bias) {
   constexpr int kWidth = kVectors * kLanes;
   const int words = dim / Op::kPack, padded = round_up(count, kKeyMultiple);
   for (int key = 0; key < padded; key += kTileRows) {
@@ -29,7 +29,7 @@ __attribute__((noinline)) void differentiate_panel(const TileBuffers& tile, cons
       multiply<Op>(scores, tile.key_rows + key * words, words, 1, head.queries + lane * words, kWidth, words);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        const Floats lse = load(head.lse + lane + j * kLanes), scales = broadcast(softmax_scale);
+        const Floats lse = load(head.lse + lane + j * kLanes) - bias, scales = broadcast(softmax_scale);
 #pragma GCC unroll 8
         for (int i = 0; i < kTileRows; ++i) {
           // The difference first, then the unit of log2: large probabilities have small differences.
@@ -123,6 +123,47 @@ void write_grad_keys(const MutableHeads& to, int batch, int kv_head, const KeyTi
   }
 }
 
+// ---- Gradients of the past
+
+// The page of gradients for keys of the past, -1 if none.
+inline int64_t gradient_page(const AttentionBackwardParams& p, int batch, const KeyPlace& place) {
+  return p.past_grads.page_table[batch * p.past.table_stride + place.first / p.past.page_size];
+}
+
+// Whether one of the next `count` keys of the past has a place for its gradient.
+inline bool any_gradient(const AttentionBackwardParams& p, int batch, KeyWalk past, int64_t count) {
+  if (p.past_grads.k_pages == nullptr) return false;
+  for (KeyPlace place{}; count > 0; count -= place.count) {
+    place = past.next(static_cast<int>(count));
+    if (gradient_page(p, batch, place) >= 0) return true;
+  }
+  return false;
+}
+
+// Adds the gradients of a tile, that is of the next `count` keys of the past, to where they have a place.
+inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int kv_head, KeyWalk past, int count,
+                               const TileBuffers& tile) {
+  const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
+  KeyPlace place{};
+  for (int key = 0; key < count; key += place.count) {
+    place = past.next(count - key);
+    const int64_t page = gradient_page(p, batch, place);
+    if (page < 0) continue;
+    for (int i = 0; i < place.count; ++i) {
+      const int64_t token = page * p.past.page_size + place.first % p.past.page_size + i;
+      const int64_t row = (token * p.num_kv_heads + kv_head) * dim;
+      const auto add = [&](float* to, const float* sums, float factor) {
+        for_lanes(dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+          const Floats sum = load(sums + (key + i) * padded_dim + d);
+          store<Float32>(to + row + d, load<Float32>(to + row + d, lanes) + sum * factor, lanes);
+        });
+      };
+      add(p.past_grads.k_pages, tile.grad_k, p.softmax_scale);
+      add(p.past_grads.v_pages, tile.grad_v, 1);
+    }
+  }
+}
+
 // ---- One tile of keys against all queries that see it
 
 inline bool sees(const AttentionBackwardParams& p, const KeyTile& keys, const QueryChunk& chunk) {
@@ -143,11 +184,12 @@ inline void await_turn(const AttentionBackwardParams& p, const BackwardPlan& pla
     if (spins > 1000) sched_yield();
 }
 
-// The part of a chunk whose queries lie in [first_query, end_query) against the packed tile.
+// The part of a chunk whose queries lie in [first_query, end_query) against the packed tile, whose keys get no gradient
+// if they are `constant`.
 template <typename Op, typename AwaitTurn>
 void differentiate_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, const QueryChunk& chunk,
                          int first_query, int end_query, const HeadBuffers& head, const TileBuffers& tile, int count,
-                         bool past, const AwaitTurn& await) {
+                         float bias, bool constant, const AwaitTurn& await) {
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), padded = round_up(count, kKeyMultiple);
   int64_t lane = -1;
   int lanes = 0;
@@ -157,11 +199,11 @@ void differentiate_chunk(const AttentionBackwardParams& p, const BackwardPlan& p
     if (lane < 0) lane = panel.lane;
     with_vectors(panel.vectors, [&](auto vectors) {
       differentiate_panel<Op, decltype(vectors)::kValue>(tile, plan, head, panel.lane, lanes, count, dim,
-                                                         p.softmax_scale);
+                                                         p.softmax_scale, bias);
     });
     lanes += panel.vectors * kLanes;
   }
-  if (!past) {
+  if (!constant) {
     const int64_t summed = lane / Op::kPack * padded_dim;
     accumulate<Op>(tile.grad_v, padded_dim, padded, tile.probabilities, plan.row_words, 1, head.grad_rows + summed,
                    lanes / Op::kPack);
@@ -178,23 +220,22 @@ void differentiate_chunk(const AttentionBackwardParams& p, const BackwardPlan& p
 template <typename Op>
 void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int slot, int batch, int kv_head,
                         int part, int index_in_part, bool in_turn, const TileBuffers& tile) {
-  VisibleKeys<Op> visible_past(p, batch, kv_head, -1);
-  const int64_t past_keys = visible_past.count();
-  const int past_size = tile_size(past_keys, kBackwardTileKeys);
-  const int past_tiles = past_size == 0 ? 0 : static_cast<int>((past_keys + past_size - 1) / past_size);
+  const int past_tiles = num_past_tiles(p, batch, kv_head);
   const int64_t tiles = past_tiles + plan.num_tiles;
   const int first = static_cast<int>(tiles * part / plan.key_parts), index = first + index_in_part;
   if (index >= tiles * (part + 1) / plan.key_parts) return;  // another part or another stream has more
   const bool past = index < past_tiles;
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), group = p.num_heads / p.num_kv_heads;
+  VisibleKeys<Op> visible_past(p, batch, kv_head, -1);
+  const KeyStretch stretch = past ? go_to_tile(visible_past, index) : KeyStretch{};
+  const KeyWalk places = visible_past;
+  const bool constant = past && !any_gradient(p, batch, places, stretch.count);
   KeyTile keys{};
   const int32_t everything[2] = {0, p.num_queries};
   const int32_t* spans = everything;
   int num_spans = 1;
   if (past) {
-    visible_past.skip(index * past_size);
-    const int64_t left = past_keys - static_cast<int64_t>(index) * past_size;
-    keys.count = left < past_size ? static_cast<int>(left) : past_size;
+    keys.count = static_cast<int>(stretch.count);
     pack_keys<Op>(&visible_past, {}, keys.count, dim, tile);
   } else {
     keys = plan.tiles[index - past_tiles];
@@ -206,6 +247,8 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
                     {row_of<Op>(p.k, batch, kv_head, keys.key), row_of<Op>(p.v, batch, kv_head, keys.key),
                      p.k.token_stride, p.v.token_stride, keys.count},
                     keys.count, dim, tile);
+  }
+  if (!constant) {
     const size_t bytes = static_cast<size_t>(round_up(keys.count, kKeyMultiple)) * padded_dim * sizeof(float);
     memset(tile.grad_k, 0, bytes);
     memset(tile.grad_v, 0, bytes);
@@ -219,8 +262,8 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
       bool added = false;
       for (int span = 0; span < num_spans; ++span) {
         if (spans[2 * span] >= chunk.end_query || chunk.first_query >= spans[2 * span + 1]) continue;
-        differentiate_chunk<Op>(p, plan, chunk, spans[2 * span], spans[2 * span + 1], head, tile, keys.count, past,
-                                [&] {
+        differentiate_chunk<Op>(p, plan, chunk, spans[2 * span], spans[2 * span + 1], head, tile, keys.count,
+                                stretch.bias, constant, [&] {
                                   if (in_turn && !added)
                                     await_turn(p, plan, past_tiles, first, index, c, head.tiles_done + c);
                                 });
@@ -229,7 +272,8 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
       if (in_turn && added) __atomic_store_n(head.tiles_done + c, index + 1, __ATOMIC_RELEASE);
     }
   }
-  if (past) return;
+  if (constant) return;
+  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, tile);
   write_grad_keys<Op>(p.grad_k, batch, kv_head, keys, tile.grad_k, p.softmax_scale, dim);
   write_grad_keys<Op>(p.grad_v, batch, kv_head, keys, tile.grad_v, 1, dim);
 }
@@ -258,7 +302,8 @@ void backward(const AttentionBackwardParams& p) {
   };
 
   if (plan.whole_heads) {
-    p.parallel.for_each(heads, [&](int64_t kv_head, int32_t worker) {
+    p.parallel.for_each(heads, [&](int64_t item, int32_t worker) {
+      const int32_t kv_head = plan.kv_heads[item];
       for (int i = 0; i < group; ++i)
         for (int chunk = 0; chunk < plan.num_chunks; ++chunk) pack(worker, kv_head, i, chunk);
       for (int tile = 0; tile < tiles_of_part; ++tile) differentiate(worker, kv_head, 0, tile, false, worker);
@@ -273,7 +318,7 @@ void backward(const AttentionBackwardParams& p) {
     const auto for_each_query_chunk = [&](const auto& work) {
       p.parallel.for_each(chunks, [&](int64_t item, int32_t) {
         const int64_t head = item / plan.num_chunks;
-        work(static_cast<int>(head / group), first + head / group, static_cast<int>(head % group),
+        work(static_cast<int>(head / group), plan.kv_heads[first + head / group], static_cast<int>(head % group),
              static_cast<int>(item % plan.num_chunks));
       });
     };
@@ -281,7 +326,8 @@ void backward(const AttentionBackwardParams& p) {
     p.parallel.for_each(slots * plan.key_parts * tiles_of_part, [&](int64_t item, int32_t worker) {
       const int slot = static_cast<int>(item % slots);
       const int part = static_cast<int>(item / slots % plan.key_parts);
-      differentiate(slot, first + slot, part, static_cast<int>(item / slots / plan.key_parts), true, worker);
+      differentiate(slot, plan.kv_heads[first + slot], part, static_cast<int>(item / slots / plan.key_parts), true,
+                    worker);
     });
     for_each_query_chunk(write);
   }

@@ -16,6 +16,7 @@ inline constexpr double kSmallHeadOperations = 1e8;
 inline constexpr int64_t kMostPackedBytes = int64_t{256} << 20, kFewPackedBytes = int64_t{1} << 20;
 // A tile that is made smaller, so that parts of the keys have equally many, has no fewer keys than this.
 inline constexpr int kBackwardLeastKeys = 64;
+inline constexpr int64_t kAllKeys = int64_t{1} << 62;
 
 // Neighbouring panels, up to kBackwardChunkLanes.
 struct QueryChunk {
@@ -51,8 +52,9 @@ struct BackwardPlan {
   Panel* panels = nullptr;
   QueryChunk* chunks = nullptr;
   KeyTile* tiles = nullptr;
+  int32_t* kv_heads = nullptr;  // of all streams, in the order in which they are taken up
   int32_t num_panels = 0, num_chunks = 0, num_tiles = 0;
-  int32_t past_tiles = 0;                   // of the stream that has most
+  int32_t past_tiles = 0;                   // of the K/V head that has most
   int32_t lanes = 0;                        // of all panels
   int32_t row_words = 0, joined_words = 0;  // length of a row of probabilities, of joined gradients
   bool whole_heads = false;
@@ -134,6 +136,29 @@ void for_each_key_tile(const SpanTable& query_spans, int key_parts, const Visit&
   }
 }
 
+// The past in as few tiles as possible, each of one bias.
+inline int num_past_tiles(const AttentionParams& p, int batch, int kv_head) {
+  KeyWalk past(p, batch, kv_head, -1);
+  int64_t tiles = 0;
+  for (KeyStretch keys = past.stretch(kAllKeys); keys.count > 0; keys = past.stretch(kAllKeys)) {
+    tiles += (keys.count + kBackwardTileKeys - 1) / kBackwardTileKeys;
+    past.skip(keys.count);
+  }
+  return static_cast<int>(tiles);
+}
+
+// Goes on to tile `index` of the past, and says what it holds.
+inline KeyStretch go_to_tile(KeyWalk& past, int64_t index) {
+  KeyStretch keys = past.stretch(kAllKeys);
+  for (int64_t tiles; index >= (tiles = (keys.count + kBackwardTileKeys - 1) / kBackwardTileKeys); index -= tiles) {
+    past.skip(keys.count);
+    keys = past.stretch(kAllKeys);
+  }
+  const int64_t size = tile_size(keys.count, kBackwardTileKeys), first = index * size;
+  past.skip(first);
+  return {keys.count - first < size ? keys.count - first : size, keys.bias};
+}
+
 template <typename Op>
 BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   BackwardPlan plan;
@@ -149,11 +174,11 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads, threads = p.parallel.num_threads;
   plan.key_parts = heads > 0 && heads < threads ? static_cast<int32_t>(threads / heads) : 1;
   for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile&) { ++plan.num_tiles; });
-  for (int batch = 0; batch < p.batch; ++batch) {
-    const int64_t past = VisibleKeys<Op>(p, batch, 0, -1).count();
-    const int tiles = static_cast<int>((past + kBackwardTileKeys - 1) / kBackwardTileKeys);
-    plan.past_tiles = tiles > plan.past_tiles ? tiles : plan.past_tiles;
-  }
+  for (int batch = 0; batch < p.batch; ++batch)
+    for (int list = 0; list < p.past.span_lists; ++list) {
+      const int tiles = num_past_tiles(p, batch, list);
+      plan.past_tiles = tiles > plan.past_tiles ? tiles : plan.past_tiles;
+    }
   // A vector more than needed, so that rows do not all fall on the same few sets of the cache.
   plan.row_words = most_lanes / Op::kPack + kLanes;
   plan.joined_words = most_lanes + kLanes;
@@ -162,11 +187,13 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   plan.panels = arena.take<Panel>(plan.num_panels);
   plan.chunks = arena.take<QueryChunk>(plan.num_chunks);
   plan.tiles = arena.take<KeyTile>(plan.num_tiles);
+  plan.kv_heads = arena.take<int32_t>(heads);
   if (p.workspace != nullptr) {
     int panel = 0, chunk = 0, tile = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
     for_each_chunk(p.spans, [&](const QueryChunk& value) { plan.chunks[chunk++] = value; });
     for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile& value) { plan.tiles[tile++] = value; });
+    order_by_past(p, count_past(p).most, plan.kv_heads);
   }
 
   Arena one_slot(nullptr), one_worker(nullptr);
@@ -270,7 +297,7 @@ void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const 
   Row<Op> joined[Op::kPack] = {};
   for (int key = 0, in_run = 0; key < padded; ++key, ++in_run) {
     if (past != nullptr && key < count && (key == 0 || in_run == run.count)) {
-      run = past->next(count - key);
+      run = past->next_run(count - key);
       in_run = 0;
     }
     const Row<Op> k = key < count ? run.k + in_run * run.k_stride : kZeros;

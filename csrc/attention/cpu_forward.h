@@ -33,6 +33,7 @@ struct ForwardDivision {
 struct ForwardPlan : ForwardDivision {
   Panel* panels = nullptr;
   ForwardUnit* units = nullptr;
+  int32_t* kv_heads = nullptr;            // of all streams, in the order of their items
   int32_t num_panels = 0, num_units = 0;  // of one head
   int32_t lanes = 0;                      // of all panels
   char* workers = nullptr;
@@ -113,8 +114,7 @@ void for_each_forward_unit(const SpanTable& spans, int limit, const Visit& visit
 
 // The division that is done soonest. With few heads, that is a matter of equal shares for all threads: more and smaller
 // units, or fewer heads together, or parts of the keys.
-template <typename Op>
-ForwardDivision divide_forward(const AttentionParams& p, int most_lanes) {
+inline ForwardDivision divide_forward(const AttentionParams& p, int most_lanes, const PastCounts& past) {
   const int group = p.num_heads / p.num_kv_heads, threads = p.parallel.num_threads;
   const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   ForwardDivision best;
@@ -129,17 +129,18 @@ ForwardDivision divide_forward(const AttentionParams& p, int most_lanes) {
         kForwardUnitLanes / division.unit_lanes < group ? kForwardUnitLanes / division.unit_lanes : group;
     if (division.unit_heads < 1) division.unit_heads = 1;
     for (; division.unit_heads > 0 && !enough; division.unit_heads /= 2) {
-      const int64_t sets = kv_heads * ((group + division.unit_heads - 1) / division.unit_heads);
+      const int64_t sets = (group + division.unit_heads - 1) / division.unit_heads;  // of the heads of a group
       int64_t items = 0, most_keys = 0;
       double sum = 0, most = 0, least = 0;
       for_each_forward_unit(p.spans, division.unit_lanes, [&](const ForwardUnit& unit, int lanes) {
-        const int64_t keys = VisibleKeys<Op>(p, 0, 0, unit.block).count();
-        const double cost = static_cast<double>(keys) * (lanes * division.unit_heads + kPackingLanes);
-        items += sets;
-        sum += cost * sets;
-        most_keys = keys > most_keys ? keys : most_keys;
-        most = cost > most ? cost : most;
-        least = least == 0 || cost < least ? cost : least;
+        const int64_t keys = num_block_keys(p.spans, unit.block);
+        const double cost = lanes * division.unit_heads + kPackingLanes;  // of a key
+        const double largest = cost * (keys + past.most), smallest = cost * (keys + past.least);
+        items += kv_heads * sets;
+        sum += cost * sets * (kv_heads * keys + past.sum);
+        most_keys = keys + past.most > most_keys ? keys + past.most : most_keys;
+        most = largest > most ? largest : most;
+        least = least == 0 || smallest < least ? smallest : least;
       });
       const int64_t tiles = (most_keys + kForwardTileKeys - 1) / kForwardTileKeys;
       for (division.key_parts = 1; division.key_parts <= threads && division.key_parts <= tiles; ++division.key_parts) {
@@ -171,15 +172,18 @@ ForwardPlan plan_forward(const AttentionParams& p) {
     current = block;
     most_lanes = block_lanes > most_lanes ? block_lanes : most_lanes;
   });
-  static_cast<ForwardDivision&>(plan) = divide_forward<Op>(p, most_lanes);
+  const PastCounts past = count_past(p);
+  static_cast<ForwardDivision&>(plan) = divide_forward(p, most_lanes, past);
   for_each_forward_unit(p.spans, plan.unit_lanes, [&](const ForwardUnit&, int) { ++plan.num_units; });
   Arena arena(p.workspace);
   plan.panels = arena.take<Panel>(plan.num_panels);
   plan.units = arena.take<ForwardUnit>(plan.num_units);
+  plan.kv_heads = arena.take<int32_t>(static_cast<int64_t>(p.batch) * p.num_kv_heads);
   if (p.workspace != nullptr) {
     int panel = 0, unit = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
     for_each_forward_unit(p.spans, plan.unit_lanes, [&](const ForwardUnit& value, int) { plan.units[unit++] = value; });
+    order_by_past(p, past.most, plan.kv_heads);
   }
   Arena one_worker(nullptr);
   take_forward_buffers<Op>(one_worker, plan, p.head_dim);
@@ -204,7 +208,7 @@ void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffer
   alignas(64) static constexpr typename Op::Storage kZeros[256] = {};
   Row<Op> pair[Op::kPack] = {};  // rows that become one word
   for (int key = 0; key < count;) {
-    const KeyRun<Op> run = visible.next(count - key);
+    const KeyRun<Op> run = visible.next_run(count - key);
     for (int i = 0; i < run.count; ++i, ++key) {
       prefetch_row<Op>(run.k + (i + kPrefetchRows) * run.k_stride, dim);
       prefetch_row<Op>(run.v + (i + kPrefetchRows) * run.v_stride, dim);
@@ -220,10 +224,11 @@ void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffer
   }
 }
 
-// One panel against one tile of `count` keys. `factor` is |softmax_scale| log2(e); `first`: nothing is summed yet.
+// One panel against one tile of `count` keys. `factor` is |softmax_scale| log2(e), `bias` is in units of log2; `first`:
+// nothing is summed yet.
 template <typename Op, int kVectors>
 __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, const float* queries, const ForwardSums& sums_at,
-                                            int count, int dim, float factor, bool first) {
+                                            int count, int dim, float factor, float bias, bool first) {
   constexpr int kWidth = kVectors * kLanes;
   const int words = dim / Op::kPack, padded = round_up(count, kKeyMultiple);
   float *scores = at.scores, *sums = sums_at.values;
@@ -245,17 +250,18 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, const floa
     }
   }
 
-  Floats rescale[kVectors] = {}, total[kVectors] = {};
+  Floats rescale[kVectors] = {}, total[kVectors] = {}, offset[kVectors];
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     float* so_far = sums_at.largest + j * kLanes;
-    largest[j] = largest[j] * factor;
+    largest[j] = largest[j] * factor + bias;
     if (!first) {
       const Floats before = load(so_far);
       largest[j] = maximum(largest[j], before);
       rescale[j] = exp2(before - largest[j], kExp2Float32);
     }
     store(so_far, largest[j]);
+    offset[j] = largest[j] - bias;
   }
 
   const Floats factors = broadcast(factor);
@@ -268,7 +274,7 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, const floa
 #pragma GCC unroll 2
       for (int i = 0; i < Op::kPack; ++i) {
         const Floats score = load(scores + (key + i) * kWidth + j * kLanes);
-        weights[i] = exp2(multiply_subtract(score, factors, largest[j]), Op::kExp2);
+        weights[i] = exp2(multiply_subtract(score, factors, offset[j]), Op::kExp2);
         total[j] += weights[i];
       }
       store(probabilities + key / Op::kPack * kWidth + j * kLanes, Op::join(weights));
@@ -279,7 +285,7 @@ __attribute__((noinline)) void attend_panel(const ForwardBuffers& at, const floa
       Floats weights[Op::kPack] = {};
       if (key < count) {  // an odd last key, the first of its pair
         const Floats score = load(scores + key * kWidth + j * kLanes);
-        weights[0] = exp2(multiply_subtract(score, factors, largest[j]), Op::kExp2);
+        weights[0] = exp2(multiply_subtract(score, factors, offset[j]), Op::kExp2);
         total[j] += weights[0];
       }
       store(probabilities + key / Op::kPack * kWidth + j * kLanes, Op::join(weights));
@@ -386,7 +392,7 @@ void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const Forwar
       for (int i = 0; i < unit.num_panels; ++i) visit(panels[i], head);
   };
   VisibleKeys<Op> visible(p, batch, kv_head, unit.block);
-  const KeyPart keys = part_of_keys(visible.count(), part, plan.key_parts);
+  const KeyPart keys = part_of_keys(num_visible_keys(p, batch, kv_head, unit.block), part, plan.key_parts);
   if (keys.count == 0) {
     if (part == 0)
       for_each_panel_of_heads([&](const Panel& panel, int head) { clear_queries<Op>(p, panel, batch, head); });
@@ -409,15 +415,17 @@ void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const Forwar
                    p.q.token_stride, panel.count, dim, flip);
   });
   visible.skip(keys.first);
-  for (int64_t done = 0; done < keys.count; done += keys.tile) {
-    const int count = keys.count - done < keys.tile ? static_cast<int>(keys.count - done) : keys.tile;
+  for (int64_t done = 0; done < keys.count;) {
+    const KeyStretch tile = visible.stretch(keys.count - done < keys.tile ? keys.count - done : keys.tile);
+    const int count = static_cast<int>(tile.count);
     pack_tile<Op>(visible, count, dim, at);
     for_each_panel_of_heads([&](const Panel& panel, int head) {
       with_vectors(panel.vectors, [&](auto vectors) {
         attend_panel<Op, decltype(vectors)::kValue>(at, at.queries + lane_of(panel, head) * words, sums_of(panel, head),
-                                                    count, dim, factor, done == 0);
+                                                    count, dim, factor, tile.bias * kLog2E, done == 0);
       });
     });
+    done += count;
   }
   if (plan.key_parts == 1)
     for_each_panel_of_heads(
@@ -426,7 +434,7 @@ void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const Forwar
 
 template <typename Op>
 void merge_unit(const AttentionParams& p, const ForwardPlan& plan, const ForwardUnit& unit, int batch, int head) {
-  const int64_t keys = VisibleKeys<Op>(p, batch, 0, unit.block).count();
+  const int64_t keys = num_visible_keys(p, batch, head / (p.num_heads / p.num_kv_heads), unit.block);
   if (keys == 0) return;  // cleared
   int parts = 0;          // that have keys
   const int64_t row = static_cast<int64_t>(batch) * p.num_heads + head;
@@ -445,8 +453,8 @@ void forward(const AttentionParams& p) {
   const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   const int64_t items_of_head = static_cast<int64_t>(sets) * plan.num_units * plan.key_parts;
   p.parallel.for_each(kv_heads * items_of_head, [&](int64_t item, int32_t worker) {
-    const int batch = static_cast<int>(item / items_of_head / p.num_kv_heads);
-    const int kv_head = static_cast<int>(item / items_of_head % p.num_kv_heads);
+    const int32_t of_all = plan.kv_heads[item / items_of_head];
+    const int batch = of_all / p.num_kv_heads, kv_head = of_all % p.num_kv_heads;
     const int part = static_cast<int>(item % plan.key_parts);
     const int in_group = static_cast<int>(item / plan.key_parts % sets) * plan.unit_heads;
     // Later blocks see more keys: the longest units first.

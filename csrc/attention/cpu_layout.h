@@ -96,12 +96,44 @@ SELFFORCING_INLINE void prefetch_row(Row<Op> row, int dim) {
   for (int d = 0; d < dim; d += kCacheLine) __builtin_prefetch(row + d);
 }
 
-// Walks over the keys that a block sees, as its stream of the batch has them: the past, then the spans.
-template <typename Op>
-class VisibleKeys {
+// Keys of the past that a K/V head of a stream sees.
+inline int64_t num_past_keys(const PagedPast& past, int64_t batch, int64_t kv_head) {
+  int64_t keys = 0;
+  if (past.k_pages == nullptr) return keys;
+  const PastSpan* spans = past.spans_of(batch, kv_head);
+  for (int i = 0; i < past.num_spans; ++i) keys += spans[i].end - spans[i].start;
+  return keys;
+}
+
+// The call's own keys that a block sees.
+inline int64_t num_block_keys(const SpanTable& table, int block) {
+  int64_t keys = 0;
+  for (int i = table.span_offsets[block]; i < table.span_offsets[block + 1]; ++i)
+    keys += table.spans[2 * i + 1] - table.spans[2 * i];
+  return keys;
+}
+
+inline int64_t num_visible_keys(const AttentionParams& p, int batch, int kv_head, int block) {
+  return num_past_keys(p.past, batch, kv_head) + num_block_keys(p.spans, block);
+}
+
+// Neighbouring keys of one span: positions of the past, all in one page, or the call's own keys.
+struct KeyPlace {
+  const PastSpan* past;  // nullptr: the call's own
+  int first, count;
+};
+
+// Keys whose scores get the same bias.
+struct KeyStretch {
+  int64_t count;
+  float bias;
+};
+
+// Walks over the keys that a block sees, as a K/V head of a stream has them: the past, then the spans.
+class KeyWalk {
  public:
   // block < 0: the past alone.
-  VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block) : p_(p), batch_(batch), kv_head_(kv_head) {
+  KeyWalk(const AttentionParams& p, int batch, int kv_head, int block) : page_size_(p.past.page_size) {
     if (p.past.k_pages != nullptr) {
       past_span_ = p.past.spans_of(batch, kv_head);
       past_end_ = past_span_ + p.past.num_spans;
@@ -112,59 +144,130 @@ class VisibleKeys {
     }
   }
 
-  int64_t count() const {
-    int64_t total = -done_;
-    for (const PastSpan* span = past_span_; span < past_end_; ++span) total += span->end - span->start;
-    for (const int32_t* span = span_; span < end_; span += 2) total += span[1] - span[0];
-    return total;
+  // How many of the next keys, at most `most`, have one bias.
+  KeyStretch stretch(int64_t most) const {
+    KeyStretch keys{0, 0};
+    int done = done_;
+    for (const PastSpan* span = past_span_; span < past_end_; ++span, done = 0) {
+      const int left = span->end - span->start - done;
+      if (left == 0) continue;
+      if (keys.count > 0 && span->bias != keys.bias) return keys;
+      keys = {keys.count + left, span->bias};
+      if (keys.count >= most) return {most, keys.bias};
+    }
+    if (keys.bias != 0) return keys;  // that of the call's own keys is 0
+    for (const int32_t* span = span_; span < end_ && keys.count < most; span += 2, done = 0)
+      keys.count += span[1] - span[0] - done;
+    return {keys.count < most ? keys.count : most, 0};
   }
 
-  // The next run, of at most `most` keys; its count is 0 at the end.
-  KeyRun<Op> next(int most) {
+  // The next keys, at most `most`; none at the end.
+  KeyPlace next(int most) {
     for (; past_span_ < past_end_; ++past_span_, done_ = 0) {
       const int position = past_span_->start + done_, left = past_span_->end - position;
-      if (left <= 0) continue;
-      const PagedPast& past = p_.past;
-      const int slot = position % past.page_size;
-      const int64_t page = past.page_table[batch_ * past.table_stride + position / past.page_size];
-      const int count = smallest(most, left, past.page_size - slot);
-      done_ += count;
-      return {static_cast<Row<Op>>(past.k_pages) + page * past.k_page_stride + slot * past.k_token_stride +
-                  kv_head_ * past.k_head_stride,
-              static_cast<Row<Op>>(past.v_pages) + page * past.v_page_stride + slot * past.v_token_stride +
-                  kv_head_ * past.v_head_stride,
-              past.k_token_stride, past.v_token_stride, count};
+      if (left > 0) return take({past_span_, position, smallest(most, left, page_size_ - position % page_size_)});
     }
     for (; span_ < end_; span_ += 2, done_ = 0) {
       const int key = span_[0] + done_, left = span_[1] - key;
-      if (left <= 0) continue;
-      const int count = smallest(most, left, left);
-      done_ += count;
-      return {row_of<Op>(p_.k, batch_, kv_head_, key), row_of<Op>(p_.v, batch_, kv_head_, key), p_.k.token_stride,
-              p_.v.token_stride, count};
+      if (left > 0) return take({nullptr, key, smallest(most, left, left)});
     }
-    return {nullptr, nullptr, 0, 0, 0};
+    return {nullptr, 0, 0};
   }
 
   void skip(int64_t count) {
-    constexpr int kMost = 1 << 30;
-    while (count > 0) count -= next(count < kMost ? static_cast<int>(count) : kMost).count;
+    for (; past_span_ < past_end_; ++past_span_, done_ = 0)
+      if (!skip_within(past_span_->end - past_span_->start - done_, &count)) return;
+    for (; span_ < end_; span_ += 2, done_ = 0)
+      if (!skip_within(span_[1] - span_[0] - done_, &count)) return;
   }
 
  private:
   static int smallest(int a, int b, int c) { return a < b ? (a < c ? a : c) : (b < c ? b : c); }
+  KeyPlace take(KeyPlace place) {
+    done_ += place.count;
+    return place;
+  }
+  // Whether all that is left of a span was skipped.
+  bool skip_within(int left, int64_t* count) {
+    if (*count < left) {
+      done_ += static_cast<int>(*count);
+      return false;
+    }
+    *count -= left;
+    return true;
+  }
 
-  const AttentionParams& p_;
-  int batch_, kv_head_;
+  int page_size_;
   const PastSpan *past_span_ = nullptr, *past_end_ = nullptr;  // spans of the past still to walk over
   const int32_t *span_ = nullptr, *end_ = nullptr;             // spans of the call's own keys
   int done_ = 0;                                               // keys of the current span
+};
+
+// Their keys and values.
+template <typename Op>
+class VisibleKeys : public KeyWalk {
+ public:
+  VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block)
+      : KeyWalk(p, batch, kv_head, block), p_(p), batch_(batch), kv_head_(kv_head) {}
+
+  // The next run, of at most `most` keys.
+  KeyRun<Op> next_run(int most) {
+    const KeyPlace place = next(most);
+    if (place.past == nullptr)
+      return {row_of<Op>(p_.k, batch_, kv_head_, place.first), row_of<Op>(p_.v, batch_, kv_head_, place.first),
+              p_.k.token_stride, p_.v.token_stride, place.count};
+    const PagedPast& past = p_.past;
+    const int slot = place.first % past.page_size;
+    const int64_t page = past.page_table[batch_ * past.table_stride + place.first / past.page_size];
+    return {static_cast<Row<Op>>(past.k_pages) + page * past.k_page_stride + slot * past.k_token_stride +
+                kv_head_ * past.k_head_stride,
+            static_cast<Row<Op>>(past.v_pages) + page * past.v_page_stride + slot * past.v_token_stride +
+                kv_head_ * past.v_head_stride,
+            past.k_token_stride, past.v_token_stride, place.count};
+  }
+
+ private:
+  const AttentionParams& p_;
+  int batch_, kv_head_;
 };
 
 // `count` things in as few tiles of at most `most` as possible, of nearly equal size: a multiple of kKeyMultiple.
 SELFFORCING_INLINE int tile_size(int64_t count, int most) {
   const int64_t tiles = (count + most - 1) / most;
   return tiles == 0 ? 0 : round_up(static_cast<int>((count + tiles - 1) / tiles), kKeyMultiple);
+}
+
+// Of the past, over the K/V heads of all streams.
+struct PastCounts {
+  int64_t least = 0, most = 0, sum = 0;
+};
+
+inline PastCounts count_past(const AttentionParams& p) {
+  PastCounts counts;
+  for (int batch = 0; batch < p.batch; ++batch)
+    for (int list = 0; list < p.past.span_lists; ++list) {
+      const int64_t keys = num_past_keys(p.past, batch, list);
+      counts.least = (batch == 0 && list == 0) || keys < counts.least ? keys : counts.least;
+      counts.most = keys > counts.most ? keys : counts.most;
+      counts.sum += keys * (p.num_kv_heads / p.past.span_lists);
+    }
+  return counts;
+}
+
+// The K/V heads of all streams, those with the longest past first, so that threads finish together; about equal ones
+// as they come.
+inline void order_by_past(const AttentionParams& p, int64_t most_keys, int32_t* order) {
+  constexpr int kBuckets = 256;
+  const int32_t heads = p.batch * p.num_kv_heads;
+  const auto bucket = [&](int32_t head) {
+    if (most_keys == 0) return int64_t{0};
+    return (most_keys - num_past_keys(p.past, head / p.num_kv_heads, head % p.num_kv_heads)) * (kBuckets - 1) /
+           most_keys;
+  };
+  int32_t next[kBuckets + 1] = {};  // place of each bucket's next head
+  for (int32_t head = 0; head < heads; ++head) ++next[bucket(head) + 1];
+  for (int i = 0; i < kBuckets; ++i) next[i + 1] += next[i];
+  for (int32_t head = 0; head < heads; ++head) order[next[bucket(head)]++] = head;
 }
 
 }  // namespace SELFFORCING_ISA

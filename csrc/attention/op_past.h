@@ -1,6 +1,7 @@
 // The cached keys and values among the arguments of the attention ops: their checks, and the params made of them.
 #pragma once
 #include <utility>
+#include <vector>
 
 #include "../kernel_call.h"
 #include "params.h"
@@ -128,6 +129,7 @@ inline PagedPast paged_past(const PastArguments& a, const Tensor& q, const Tenso
 // Pages for the gradients of the past that the call reads.
 inline PastGradients past_gradients(Tensor& k_pages, Tensor& v_pages, const Tensor& page_table,
                                     const PastArguments& past, const Tensor& k) {
+  check(past.given(), "attention_backward: k_grad_pages are for the gradients of a past, but k_pages is not given");
   for (const auto& [pages, name] : {std::pair<Tensor&, const char*>{k_pages, "attention_backward: k_grad_pages"},
                                     {v_pages, "attention_backward: v_grad_pages"}}) {
     check_shape(pages, name, "[P', page_size, H_kv, D]",
@@ -172,10 +174,16 @@ inline void check_past(const PagedPast& past, int64_t batch, int64_t num_pages) 
 }
 
 inline void check_past_gradients(const PastGradients& grads, const PagedPast& past, int64_t batch, int64_t num_pages) {
-  for (int64_t i = 0; i < batch * past.table_stride; ++i)
-    check(grads.page_table[i] >= -1 && grads.page_table[i] < num_pages, "attention_backward: grad_page_table[",
-          i / past.table_stride, ", ", i % past.table_stride, "] is ", grads.page_table[i], ", but must be in [-1, ",
-          num_pages, ")");
+  std::vector<bool> taken(num_pages);  // threads add to different pages
+  for (int64_t i = 0; i < batch * past.table_stride; ++i) {
+    const int64_t row = i / past.table_stride, column = i % past.table_stride, page = grads.page_table[i];
+    check(page >= -1 && page < num_pages, "attention_backward: grad_page_table[", row, ", ", column, "] is ", page,
+          ", but must be in [-1, ", num_pages, ")");
+    if (page < 0) continue;
+    check(!taken[page], "attention_backward: grad_page_table[", row, ", ", column, "] is ", page,
+          " again, but a page of gradients must belong to one page of the past");
+    taken[page] = true;
+  }
 }
 #endif
 

@@ -3,6 +3,7 @@
 // it must not write is looked at afterwards.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -91,6 +92,10 @@ struct TestTensor {
 
 // ---- Cases
 
+// What a past may be beyond pages of q's dtype with one list of spans per stream: kernels that lack one leave out the
+// cases that need it.
+constexpr unsigned kBias = 1, kHeadLists = 2, kGradPages = 4, kQuantised = 8, kRotated = 16, kAllFeatures = 31;
+
 struct Case {
   const char* name;
   int batch, heads, kv_heads, dim;
@@ -98,17 +103,32 @@ struct Case {
   std::vector<Intervals> spans;       // of each block
   int num_keys;
   int page_size = 0;                 // 0: no past
-  std::vector<Intervals> past = {};  // of each stream, all of one length (empty intervals fill up)
+  std::vector<Intervals> past = {};  // of each stream, or of each K/V head of each; empty intervals fill up
   bool gaps = true;
   bool grad_lse = true;
-  float scale = 0;  // 0: 1 / sqrt(dim)
+  float scale = 0;               // 0: 1 / sqrt(dim)
+  std::vector<float> bias = {};  // of the first, second ... interval of every list
+  bool grad_pages = false;       // some pages of the past get gradients
+  PageFormat format = PageFormat::elements;
+  bool k_offset = false;
+  std::array<int32_t, 3> rope_grid = {};  // positions along frames, rows, columns; 0: keys are not rotated
+
+  bool rotated() const { return rope_grid[0] > 0; }
+  int span_lists() const { return static_cast<int>(past.size()) > batch ? kv_heads : 1; }
+  const Intervals& past_of(int b, int kv_head) const {
+    return past[b * span_lists() + (span_lists() == 1 ? 0 : kv_head)];
+  }
+  unsigned features() const {
+    return (bias.empty() ? 0u : kBias) | (span_lists() > 1 ? kHeadLists : 0u) | (grad_pages ? kGradPages : 0u) |
+           (format != PageFormat::elements ? kQuantised : 0u) | (rotated() ? kRotated : 0u);
+  }
 
   int num_queries() const { return block_starts.back(); }
   // Of one matrix product.
   double multiplications() const {
     double keys = static_cast<double>(batch) * num_keys;
     for (const Intervals& list : past)
-      for (auto [start, end] : list) keys += end - start;
+      for (auto [start, end] : list) keys += static_cast<double>(end - start) / span_lists();
     return keys * heads * num_queries() * dim;
   }
   double softmax_scale() const { return scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(dim)); }
@@ -164,19 +184,71 @@ inline std::vector<Case> cases() {
   all.push_back({"without grad_lse", 1, 2, 2, 64, {0, 33}, {{{0, 65}}}, 65, 0, {}, false, false});
   all.push_back({"sharp softmax", 1, 1, 1, 64, {0, 40}, {{{0, 300}}}, 300, 0, {}, true, true, 3.0f});
   all.push_back({"negative scale", 1, 1, 1, 64, {0, 40}, {{{0, 60}}}, 60, 0, {}, true, true, -1.5f});
+
+  const auto add = [&](const char* name, Case c, const auto& change) {
+    c.name = name;
+    change(c);
+    all.push_back(c);
+  };
+  const Case ragged{"streams of many lengths",
+                    5,
+                    4,
+                    2,
+                    32,
+                    {0, 20},
+                    {{{0, 20}}},
+                    20,
+                    16,
+                    {{{0, 0}, {0, 9}}, {{0, 48}, {60, 300}}, {{5, 17}, {17, 17}}, {{0, 0}, {0, 0}}, {{0, 1}, {2, 73}}}};
+  all.push_back(ragged);
+  const Case lists{"a list per head",
+                   2,
+                   4,
+                   2,
+                   40,
+                   {0, 33},
+                   {{{0, 33}}},
+                   33,
+                   7,
+                   {{{0, 7}, {14, 60}}, {{3, 4}, {5, 5}}, {{0, 0}, {0, 0}}, {{0, 21}, {30, 200}}}};
+  all.push_back(lists);
+  const Case few{
+      "few queries, long past", 1, 1, 1, 64, {0, 20}, {{{0, 20}}}, 20, 64, {{{0, 100}, {130, 430}, {430, 800}}}};
+  all.push_back(few);
+  add("bias", lists, [](Case& c) { c.bias = {1.5f, -0.75f}; });
+  add("bias, negative scale", lists, [](Case& c) { c.bias = {1.5f, -0.75f}, c.scale = -0.5f; });
+  add("bias, long past", few, [](Case& c) { c.bias = {2.5f, -1.5f, -1.5f}; });
+  add("one bias for the past", few, [](Case& c) { c.bias = {-2, -2, -2}; });
+  add("bias, many lengths", ragged, [](Case& c) { c.bias = {-3, 0.5f}; });
+  add("bias and window", all.back(), [](Case& c) {
+    c.block_starts = {0, 5, 12, 20};
+    c.spans = {{{0, 5}}, {}, {{0, 4}, {12, 20}}};
+  });
+  add("gradients of the past", lists, [](Case& c) { c.grad_pages = true; });
+  add("gradients of the past, bias", lists, [](Case& c) { c.grad_pages = true, c.bias = {1.5f, -0.75f}; });
+  add("gradients of a long past", few, [](Case& c) { c.grad_pages = true, c.bias = {2.5f, -1.5f, -1.5f}; });
+  add("gradients, many lengths", ragged, [](Case& c) { c.grad_pages = true; });
   return all;
 }
 
 // ---- The definition
+
+// A key that the queries of a block see.
+struct Key {
+  bool past;
+  int index;  // position in the past, or key
+  double bias = 0;
+};
 
 struct Problem {
   Case c;
   DType dtype;
   TestTensor q, k, v, grad_out, k_pages, v_pages;
   std::vector<float> grad_lse;
-  std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table;
+  std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table,
+      grad_page_table;
   std::vector<PastSpan> past_spans;
-  int pages_per_stream = 0;
+  int pages_per_stream = 0, num_grad_pages = 0;
 
   Problem(const Case& c, DType dtype, unsigned seed)
       : c(c),
@@ -244,40 +316,57 @@ struct Problem {
     page_table.assign(order.begin(), order.begin() + c.batch * pages_per_stream);
     TestTensor k_values = k_pages, v_values = v_pages;
     k_values.fill(random, 1), v_values.fill(random, 1);
+    for (const Intervals& list : c.past)
+      for (size_t i = 0; i < list.size(); ++i)
+        past_spans.push_back({list[i].first, list[i].second, 0, c.bias.empty() ? 0.0f : c.bias[i]});
     for (int b = 0; b < c.batch; ++b)
-      for (auto [start, end] : c.past[b]) {
-        past_spans.push_back({start, end, 0, 0.0f});
-        for (int position = start; position < end; ++position)
-          for (int h = 0; h < c.kv_heads; ++h)
+      for (int h = 0; h < c.kv_heads; ++h)
+        for (auto [start, end] : c.past_of(b, h))
+          for (int position = start; position < end; ++position)
             for (int d = 0; d < c.dim; ++d) {
-              const int page = page_table[b * pages_per_stream + position / c.page_size], slot = position % c.page_size;
+              const int page = page_of(b, position), slot = position % c.page_size;
               k_pages.set(page, slot, h, d, k_values.at(page, slot, h, d));
               v_pages.set(page, slot, h, d, v_values.at(page, slot, h, d));
             }
-      }
+    // Two pages of three get gradients, of a long past the newer half.
+    if (c.grad_pages)
+      for (size_t i = 0; i < page_table.size(); ++i)
+        grad_page_table.push_back(i % 3 == 1 || (pages_per_stream > 8 && i % pages_per_stream < pages_per_stream / 2u)
+                                      ? -1
+                                      : num_grad_pages++);
+    std::reverse(grad_page_table.begin(), grad_page_table.end());
   }
+  int page_of(int b, int position) const { return page_table[b * pages_per_stream + position / c.page_size]; }
 
-  // Keys that the queries of a block see: (is past, position or key), in order.
-  std::vector<std::pair<bool, int>> visible(int b, size_t block) const {
-    std::vector<std::pair<bool, int>> keys;
-    if (c.page_size > 0)
-      for (auto [start, end] : c.past[b])
-        for (int position = start; position < end; ++position) keys.emplace_back(true, position);
+  // In order.
+  std::vector<Key> visible(int b, int kv_head, size_t block) const {
+    std::vector<Key> keys;
+    if (c.page_size > 0) {
+      const Intervals& list = c.past_of(b, kv_head);
+      for (size_t i = 0; i < list.size(); ++i)
+        for (int position = list[i].first; position < list[i].second; ++position)
+          keys.push_back({true, position, c.bias.empty() ? 0 : c.bias[i]});
+    }
     for (auto [start, end] : c.spans[block])
-      for (int key = start; key < end; ++key) keys.emplace_back(false, key);
+      for (int key = start; key < end; ++key) keys.push_back({false, key});
     return keys;
   }
   // Their rows of one head, [keys, dim].
   std::vector<double> rows(const TestTensor& own, const TestTensor& pages, int b, int h,
-                           const std::vector<std::pair<bool, int>>& keys) const {
+                           const std::vector<Key>& keys) const {
     std::vector<double> values;
     values.reserve(keys.size() * c.dim);
-    for (auto [is_past, key] : keys)
+    for (const Key& key : keys)
       for (int d = 0; d < c.dim; ++d)
-        values.push_back(is_past
-                             ? pages.at(page_table[b * pages_per_stream + key / c.page_size], key % c.page_size, h, d)
-                             : own.at(b, key, h, d));
+        values.push_back(key.past ? pages.at(page_of(b, key.index), key.index % c.page_size, h, d)
+                                  : own.at(b, key.index, h, d));
     return values;
+  }
+  // Where the gradient of a key of the past is summed: the row of one head, -1 if nowhere.
+  int64_t grad_row(int b, int h, const Key& key) const {
+    if (!c.grad_pages) return -1;
+    const int64_t page = grad_page_table[b * pages_per_stream + key.index / c.page_size];
+    return page < 0 ? -1 : ((page * c.page_size + key.index % c.page_size) * c.kv_heads + h) * c.dim;
   }
 };
 
@@ -293,7 +382,7 @@ struct Values {
 };
 
 struct Exact {
-  Values out, grad_q, grad_k, grad_v;
+  Values out, grad_q, grad_k, grad_v, grad_k_pages, grad_v_pages;
   std::vector<double> lse;
 };
 
@@ -303,14 +392,16 @@ inline Exact define(const Problem& p) {
   const double scale = c.softmax_scale();
   const size_t q_size = static_cast<size_t>(c.batch) * c.num_queries() * c.heads * dim;
   const size_t k_size = static_cast<size_t>(c.batch) * c.num_keys * c.kv_heads * dim;
-  Exact exact{Values(q_size), Values(q_size), Values(k_size), Values(k_size), {}};
+  const size_t page_size = static_cast<size_t>(p.num_grad_pages) * c.page_size * c.kv_heads * dim;
+  Exact exact{Values(q_size), Values(q_size), Values(k_size), Values(k_size), Values(page_size), Values(page_size), {}};
   exact.lse.assign(static_cast<size_t>(c.batch) * c.heads * c.num_queries(), -kInfinity);
-  const auto define_query = [&](int b, int h, int query, const std::vector<std::pair<bool, int>>& keys,
+  const auto define_query = [&](int b, int h, int query, const std::vector<Key>& keys,
                                 const std::vector<double>& k_rows, const std::vector<double>& v_rows) {
     std::vector<double> q(dim), grad_out(dim), score(keys.size()), grad(keys.size());
     for (int d = 0; d < dim; ++d) q[d] = p.q.at(b, query, h, d), grad_out[d] = p.grad_out.at(b, query, h, d);
     double largest = -kInfinity, sum = 0, delta = 0;
     for (size_t i = 0; i < keys.size(); ++i) {
+      score[i] = keys[i].bias;
       for (int d = 0; d < dim; ++d) score[i] += scale * q[d] * k_rows[i * dim + d];
       largest = std::max(largest, score[i]);
     }
@@ -333,19 +424,22 @@ inline Exact define(const Problem& p) {
       const double size = scale * score[i] * (std::fabs(grad[i]) + std::fabs(delta));
       for (int d = 0; d < dim; ++d)
         exact.grad_q.add(q_row + d, grad_score * k_rows[i * dim + d], size * k_rows[i * dim + d]);
-      if (keys[i].first) continue;
-      const size_t k_row = ((static_cast<size_t>(b) * c.num_keys + keys[i].second) * c.kv_heads + h / group) * dim;
+      const int64_t own_row = ((static_cast<int64_t>(b) * c.num_keys + keys[i].index) * c.kv_heads + h / group) * dim;
+      const int64_t k_row = keys[i].past ? p.grad_row(b, h / group, keys[i]) : own_row;
+      if (k_row < 0) continue;
+      Values& grad_k = keys[i].past ? exact.grad_k_pages : exact.grad_k;
+      Values& grad_v = keys[i].past ? exact.grad_v_pages : exact.grad_v;
       for (int d = 0; d < dim; ++d) {
-        exact.grad_k.add(k_row + d, grad_score * q[d], size * q[d]);
-        exact.grad_v.add(k_row + d, score[i] * grad_out[d], score[i] * grad_out[d]);
+        grad_k.add(k_row + d, grad_score * q[d], size * q[d]);
+        grad_v.add(k_row + d, score[i] * grad_out[d], score[i] * grad_out[d]);
       }
     }
   };
   for (int b = 0; b < c.batch; ++b)
     for (size_t block = 0; block < c.spans.size(); ++block) {
-      const auto keys = p.visible(b, block);
-      if (keys.empty()) continue;
       for (int h = 0; h < c.heads; ++h) {
+        const std::vector<Key> keys = p.visible(b, h / group, block);
+        if (keys.empty()) continue;
         const std::vector<double> k_rows = p.rows(p.k, p.k_pages, b, h / group, keys);
         const std::vector<double> v_rows = p.rows(p.v, p.v_pages, b, h / group, keys);
         for (int query = c.block_starts[block]; query < c.block_starts[block + 1]; ++query)
@@ -374,13 +468,14 @@ struct Workspace {
 };
 
 struct Results {
-  TestTensor out, grad_q, grad_k, grad_v;
+  TestTensor out, grad_q, grad_k, grad_v, grad_k_pages, grad_v_pages;
   std::vector<float> lse;
-  bool borders_intact = true;
+  bool borders_intact = true, adds_to_pages = true;
 
   bool operator==(const Results& other) const {
     return out.bytes == other.out.bytes && grad_q.bytes == other.grad_q.bytes && grad_k.bytes == other.grad_k.bytes &&
-           grad_v.bytes == other.grad_v.bytes &&
+           grad_v.bytes == other.grad_v.bytes && grad_k_pages.bytes == other.grad_k_pages.bytes &&
+           grad_v_pages.bytes == other.grad_v_pages.bytes &&
            (lse.empty() || std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(float)) == 0);
   }
 };
@@ -388,7 +483,10 @@ struct Results {
 inline Results compute(const Problem& p, const Kernels& kernels, int num_threads) {
   const Case& c = p.c;
   auto like = [&](const TestTensor& t) { return TestTensor(p.dtype, t.batch, t.tokens, t.heads, t.dim, c.gaps); };
-  Results r{like(p.q), like(p.q), like(p.k), like(p.k), std::vector<float>(p.grad_lse.size(), kNaN)};
+  TestTensor grad_pages(DType::float32, p.num_grad_pages, c.page_size, c.kv_heads, c.dim, false);
+  std::fill(grad_pages.bytes.begin(), grad_pages.bytes.end(), 0);
+  Results r{
+      like(p.q), like(p.q), like(p.k), like(p.k), grad_pages, grad_pages, std::vector<float>(p.grad_lse.size(), kNaN)};
   AttentionBackwardParams a;
   a.dtype = p.dtype;
   a.batch = c.batch, a.num_heads = c.heads, a.num_kv_heads = c.kv_heads, a.head_dim = c.dim;
@@ -407,6 +505,7 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
     a.past.page_table = p.page_table.data();
     a.past.table_stride = p.pages_per_stream;
     a.past.spans = p.past_spans.data();
+    a.past.span_lists = c.span_lists();
     a.past.num_spans = c.past.empty() ? 0 : c.past[0].size();
   }
   a.parallel = {num_threads, run_on_threads};
@@ -421,9 +520,21 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
   std::vector<float> delta(p.grad_lse.size(), kNaN);
   a.delta = delta.data();
   a.grad_q = r.grad_q.heads_out(), a.grad_k = r.grad_k.heads_out(), a.grad_v = r.grad_v.heads_out();
+  if (c.grad_pages)
+    a.past_grads = {reinterpret_cast<float*>(r.grad_k_pages.bytes.data()),
+                    reinterpret_cast<float*>(r.grad_v_pages.bytes.data()), p.grad_page_table.data()};
   Workspace backward_space(kernels.backward_workspace_bytes(a));
   a.workspace = backward_space.start;
   kernels.backward(a);
+  if (c.grad_pages) {  // twice: what is there is added to, and twice a number is exact
+    const Results once = r;
+    kernels.backward(a);
+    for (auto [pages, before] : {std::pair(&r.grad_k_pages, &once.grad_k_pages), {&r.grad_v_pages, &once.grad_v_pages}})
+      for (int64_t i = 0; i < pages->batch * pages->batch_stride; ++i)
+        if (to_float(pages->dtype, pages->bytes.data(), i) != 2 * to_float(pages->dtype, before->bytes.data(), i))
+          r.adds_to_pages = false;
+    r.grad_k_pages = once.grad_k_pages, r.grad_v_pages = once.grad_v_pages;
+  }
   r.borders_intact = forward_space.border_intact() && backward_space.border_intact();
   return r;
 }
@@ -477,6 +588,9 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
     compare(p, 1, ("grad_q" + on).c_str(), found.grad_q, exact.grad_q, kGrad[dtype]);
     compare(p, 2, ("grad_k" + on).c_str(), found.grad_k, exact.grad_k, kGrad[dtype]);
     compare(p, 3, ("grad_v" + on).c_str(), found.grad_v, exact.grad_v, kGrad[dtype]);
+    compare(p, 2, ("grad_k_pages" + on).c_str(), found.grad_k_pages, exact.grad_k_pages, kGrad[dtype]);
+    compare(p, 3, ("grad_v_pages" + on).c_str(), found.grad_v_pages, exact.grad_v_pages, kGrad[dtype]);
+    if (!found.adds_to_pages) fail(p, "gradients of the past are not added to what is there" + on);
     for (size_t i = 0; i < exact.lse.size(); ++i) {
       const double off =
           exact.lse[i] == found.lse[i] ? 0 : std::fabs(found.lse[i] - exact.lse[i]) / (1 + std::fabs(exact.lse[i]));
@@ -492,15 +606,20 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
   }
 }
 
-// Checks every case in every dtype, those with more than `most_multiplications` left out, and prints what was seen.
-// Whether all passed.
-inline bool check_all(const Kernels& kernels, const std::vector<int>& thread_counts, double most_multiplications) {
-  int count = 0, left_out = 0;
+// Checks every case in every dtype, those left out with more than `most_multiplications` or with what is not among the
+// `features` of the kernels, and prints what was seen. Whether all passed.
+inline bool check_all(const Kernels& kernels, const std::vector<int>& thread_counts, double most_multiplications,
+                      unsigned features = kAllFeatures) {
+  int count = 0, left_out = 0, lacking = 0;
   for (const Case& c : cases())
     for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
       const Problem problem(c, dtype, ++count);
       if (c.multiplications() > most_multiplications) {
         ++left_out;
+        continue;
+      }
+      if ((c.features() & ~features) != 0) {
+        ++lacking;
         continue;
       }
       try {
@@ -516,7 +635,8 @@ inline bool check_all(const Kernels& kernels, const std::vector<int>& thread_cou
     for (double worst : worst_seen[dtype]) std::printf(" %10.2e", worst);
     std::printf("\n");
   }
-  std::printf("%d problems, %d of them too large here, %d failures\n", count, left_out, failures);
+  std::printf("%d problems, %d of them too large here, %d with what the kernels lack, %d failures\n", count, left_out,
+              lacking, failures);
   return failures == 0;
 }
 
