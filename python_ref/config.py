@@ -179,10 +179,15 @@ class LoggingConfig:
     sample_prompts: int = 8
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    drift_videos: int = 0  # that the drift plot measures beside every sample, of moving digits; 0: no plot
     tensorboard: bool = True
+    wandb: bool = False  # Weights & Biases, where it is installed
+    wandb_project: str = "selfforcing"
 
     def __post_init__(self) -> None:
         _check_positive(self, "log_every", "sample_every", "sample_prompts", "checkpoint_every", "keep_checkpoints")
+        if self.drift_videos < 0:
+            raise ValueError(f"drift_videos is {self.drift_videos}; accepted: 0 or more")
 
 
 @dataclass
@@ -224,6 +229,11 @@ class Config:
         _check_choice("stage", self.stage, STAGES)
         _check_choice("backend", self.backend, ("ext", "reference"))
         _check_choice("precision", self.precision, ("bf16", "fp32"))
+        if self.logging.drift_videos and self.data.source != "moving_digits":
+            raise ValueError(
+                f"logging.drift_videos is {self.logging.drift_videos}; accepted with data.source = "
+                f"{self.data.source!r}: 0, since only moving digits can be measured"
+            )
         _check_positive(self, "threads")
 
 

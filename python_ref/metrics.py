@@ -1,12 +1,18 @@
-"""What a run tells while it goes: a JSON line per logged step, TensorBoard, and a progress line."""
+"""What a run tells while it goes: a JSON line per logged step, TensorBoard, Weights & Biases, and a progress line."""
 
 import json
 import sys
 import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from python_ref.config import Config
 
 
 class LogWindow:
@@ -33,37 +39,100 @@ class LogWindow:
         self._steps, self._start = 0, time.monotonic()
 
 
+class Board(Protocol):
+    """Where metrics are shown beside `metrics.jsonl`."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """TensorBoard events in `folder/tensorboard`; those after `first_step` are hidden when a run is resumed."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which a resumed run goes on with; WANDB_MODE and WANDB_API_KEY count as usual.
+
+    Args:
+        folder: where wandb keeps its files, and `wandb_run_id.txt` says which run it is.
+        first_step: 0 begins a run of its own.
+        project: of wandb.
+        settings: of the run, as JSON can hold them.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int, project: str, settings: dict[str, Any]) -> None:
+        try:
+            import wandb  # optional
+        except ImportError as error:
+            raise ImportError(
+                "logging.wandb is true, but wandb is not installed: `pip install wandb`, or set logging.wandb=false"
+            ) from error
+        name = folder / "wandb_run_id.txt"
+        if not first_step or not name.is_file():
+            name.write_text(uuid.uuid4().hex, encoding="utf-8")
+        self._run = wandb.init(
+            project=project, id=name.read_text(encoding="utf-8"), resume="allow", dir=str(folder), config=settings
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_boards(config: Config, folder: Path, first_step: int) -> list[Board]:
+    """The boards that `config.logging` asks for; arguments as theirs."""
+    boards: list[Board] = []
+    if config.logging.wandb:
+        boards.append(WeightsAndBiases(folder, first_step, config.logging.wandb_project, asdict(config)))
+    if config.logging.tensorboard:
+        boards.append(TensorBoard(folder, first_step))
+    return boards
+
+
 class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events of one run.
+    """Writes `metrics.jsonl` of one run, and shows the same on boards.
 
     Args:
         folder: the run's folder.
         first_step: the step a resumed run goes on from; lines of later steps, left by a killed run, are dropped.
-        tensorboard: whether to write TensorBoard events.
+        boards: further places.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, first_step: int, boards: Sequence[Board] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.boards = boards
         self.path = folder / "metrics.jsonl"
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= first_step] if first_step else []
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` optimizer steps."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for board in self.boards:
+            board.write(step, values)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for board in self.boards:
+            board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

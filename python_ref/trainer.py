@@ -9,9 +9,12 @@ from torch import Tensor
 from python_ref.checkpoint import Checkpointer
 from python_ref.config import Config, to_yaml
 from python_ref.data.prompts import evaluation_prompts
-from python_ref.metrics import LogWindow, MetricsLog, ProgressLine
+from python_ref.drift import watch_drift
+from python_ref.metrics import LogWindow, MetricsLog, ProgressLine, open_boards, read_metrics
+from python_ref.plots import plot_losses
 from python_ref.processes import is_first_process, mean_over_processes
 from python_ref.randomness import derived_generator
+from python_ref.run_facts import record_run
 from python_ref.stages import Stage
 from python_ref.video_output import grid, write_contact_sheet, write_gif
 
@@ -19,9 +22,9 @@ from python_ref.video_output import grid, write_contact_sheet, write_gif
 class Trainer:
     """Runs a stage and keeps what it makes in `config.output`:
 
-    `<stage>.yaml` (all settings), logs/<stage>/ (metrics.jsonl and TensorBoard), samples/, checkpoints/<stage>/ and
-    `<stage>.safetensors`: the averaged weights that later stages, `generate` and `evaluate` take, renewed with every
-    checkpoint.
+    `<stage>.yaml` (all settings), logs/<stage>/ (run.json, metrics.jsonl and what boards keep), samples/ (videos,
+    curves of losses, drift plots), checkpoints/<stage>/ and `<stage>.safetensors`: the averaged weights that later
+    stages, `generate` and `evaluate` take, renewed with every checkpoint.
 
     With several processes each has a trainer. All of them make samples, whose networks may be spread over all; each
     writes its part of a checkpoint, and the first writes everything else.
@@ -85,15 +88,19 @@ class Trainer:
         self.stage.average.save(self.weights_path, stage=self.stage.name, step=step, seed=self.config.seed)
 
     def _write_samples(self, step: int) -> None:
+        folder, stage = self.folder / "samples", self.stage.name
+        name, block = f"{stage}_{step:06d}", self.config.rollout.frames_per_block
         with torch.no_grad():
-            videos = self.stage.sample(self.prompts, derived_generator(self.config.seed, self.stage.name, "samples"))
+            videos = self.stage.sample(self.prompts, derived_generator(self.config.seed, stage, "samples"))
         if is_first_process():
-            folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            name, block = f"{self.stage.name}_{step:06d}", self.config.rollout.frames_per_block
             videos = self.show(videos)
             write_contact_sheet(folder / f"{name}.png", videos, self.prompts, block=block)
             write_gif(folder / f"{name}.gif", grid(videos, columns=4))
+            entries = read_metrics(self.folder / "logs" / stage / "metrics.jsonl")
+            plot_losses(folder / f"{stage}_losses.png", {stage: entries})
+        if self.config.logging.drift_videos:
+            watch_drift(folder / f"{name}_drift.png", f"{stage}, step {step}", self.stage.average, self.config)
 
 
 class _Record:
@@ -103,7 +110,9 @@ class _Record:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{stage.name}.yaml").write_text(to_yaml(config), encoding="utf-8")
-        self.log = MetricsLog(folder / "logs" / stage.name, first_step, config.logging.tensorboard)
+        logs = folder / "logs" / stage.name
+        record_run(logs, config, first_step)
+        self.log = MetricsLog(logs, first_step, open_boards(config, logs, first_step))
         self.progress = ProgressLine(stage.name, first_step, stage.total_steps)
         self.window = LogWindow()
 
