@@ -147,7 +147,7 @@ def test_a_bias_of_log_2_doubles_a_key():
     twice = tuple(torch.cat((x, own), dim=1) for x, own in zip(past, block, strict=True))
     cache.past_bias = (0.0, 0.0, math.log(2))
     assert_close(cache.attend(0, *block), after(block, twice, [0, 2, 3, 4, 5]), EXACT, "own block")
-    with pytest.raises(ValueError, match="past_bias has 2 numbers, but must have 3: for sink, past and own block"):
+    with pytest.raises(ValueError, match="but must be three finite numbers: for sink, past and own block"):
         cache.past_bias = (0.0, 0.0)
 
 
@@ -169,8 +169,8 @@ def test_selected_frames():
     assert cache.pool.stats().used == 1
     with pytest.raises(ValueError, match=r"frames has 3, which was evicted or forgotten: 9 frames are committed"):
         stream.select_frames([3])
-    stream.select_frames(None)
-    assert_close(cache.attend(0, *more), after(more, longer, [2]), EXACT, "forgotten for good")
+    with pytest.raises(ValueError, match="frames is None, but frames are forgotten: choose among those that are left"):
+        stream.select_frames(None)
 
 
 def test_selected_frames_stay_while_the_window_moves_on():
@@ -247,8 +247,11 @@ def test_staged_blocks():
         assert_close(cache.attend(0, *third, block=2), expected, EXACT)
         with pytest.raises(ValueError, match="q has 1 frames, but must have 2 like the block that layers"):
             cache.attend(0, *third)
+    view = cache.view(block=1)
+    assert view.position.tolist() == [6]
     cache.commit(2)
     assert cache.num_frames == 6
+    assert_same_bits(view.attend(0, *second), cache.attend(0, *second))
     assert_close(cache.attend(0, *second), after(second, sequence(first), [0, 3, 4, 5]), EXACT)
     cache.drop()
     assert_close(cache.attend(0, *third), after(third, sequence(first), [0, 3, 4, 5]), EXACT)
@@ -351,13 +354,16 @@ def test_forks_share_pages_until_they_write():
         ways[stream][0].attend(0, *newest)
 
 
-def test_fork_refuses():
+def test_what_is_for_streams_between_blocks_and_without_gradient():
     cache = cache_of()
     cache.write(0, *draw(1)[1:])
-    with pytest.raises(ValueError, match="the stream has 1 uncommitted blocks, but fork takes a stream without"):
-        cache.streams[0].fork()
-    with pytest.raises(ValueError, match="the pool has grad_through_cache"):
-        cache_of(grad_through_cache=True).streams[0].fork()
+    for name, arguments in (("fork", ()), ("select_frames", ([],)), ("save", ("nowhere",))):
+        with pytest.raises(ValueError, match=f"{name} is called with 1 uncommitted blocks: commit or drop them first"):
+            getattr(cache.streams[0], name)(*arguments)
+    (recorded,) = cache_of(grad_through_cache=True).streams
+    for name, arguments in (("fork", ()), ("rollback", (0,))):
+        with pytest.raises(ValueError, match=f"{name} is for constant pasts, but the pool has grad_through_cache"):
+            getattr(recorded, name)(*arguments)
 
 
 def test_a_full_pool_changes_nothing():
@@ -524,7 +530,7 @@ def test_a_view_reads_what_was_there():
             lambda: cache_of(rope="on_read", rope_grid=(2, 3)),
             r"rope_grid is \(2, 3\), but rows \* columns must be frame_seqlen = 4",
         ),
-        (lambda: cache_of().streams[0].select_frames(None, forget=True), "forget is True, but frames is None"),
+        (lambda: cache_of().streams[0].select_frames(None, forget=True), "frames is None, but frames are forgotten"),
         (lambda: cache_of().streams[0].select_frames([0]), "frames has 0, which is not there: 0 frames are committed"),
         (lambda: cache_of().drop(-1), "block is -1, but must be at least 0"),
     ],

@@ -7,6 +7,7 @@ Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4, wi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -125,6 +126,7 @@ class PagedKVCache:
                 f"rope_grid is {rope_grid}, but rows * columns must be frame_seqlen = {first.frame_seqlen}"
             )
         self.streams = list(streams)
+        self._first_block = 0  # of those that are not committed, which one a view counts as its block 0
         self.pool = first.pool
         self.frame_seqlen = first.frame_seqlen
         self.rope = rope
@@ -138,8 +140,8 @@ class PagedKVCache:
 
     @past_bias.setter
     def past_bias(self, bias: tuple[float, float, float] | None) -> None:
-        if bias is not None and len(bias) != 3:
-            raise ValueError(f"past_bias has {len(bias)} numbers, but must have 3: for sink, past and own block")
+        if bias is not None and (len(bias) != 3 or not all(map(math.isfinite, bias))):
+            raise ValueError(f"past_bias is {bias}, but must be three finite numbers: for sink, past and own block")
         self._past_bias = bias
 
     @property
@@ -157,11 +159,12 @@ class PagedKVCache:
     @property
     def position(self) -> Tensor:
         """Committed frames of each stream, int32 [B] on the device: the start frames of the next block for rope_3d."""
-        return torch.tensor([stream.num_frames for stream in self.streams], dtype=torch.int32, device=self.pool.device)
+        starts = [stream._start_of(self._first_block) for stream in self.streams]
+        return torch.tensor(starts, dtype=torch.int32, device=self.pool.device)
 
     @property
     def visible_frames(self) -> int:
-        """Committed frames that are kept for later blocks, of the stream that has most."""
+        """Committed frames that some head may still see, of the stream that has most."""
         return max(stream.visible_frames for stream in self.streams)
 
     @property
@@ -195,6 +198,7 @@ class PagedKVCache:
                 the window or for ``max_frames`` or has another length than it was written with, that follows a block
                 which this layer has not written, or that would see frames that were evicted.
         """
+        block += self._first_block
         q, k, v = cast_to_autocast_dtype(q, k, v)
         num_frames = self._check_block(layer, k, v)
         if q.dtype != self.dtype:
@@ -339,10 +343,11 @@ class PagedKVCache:
             stream._check_turn("num_frames", 0, 0, num_frames)
         self._begin_block(0, num_frames)
 
-    def view(self) -> PagedKVCache:
-        """What the cache holds now, for reading: later writes to the cache do not change it, so that a block that is
-        recomputed in backward reads what its forward read, even after eviction."""
+    def view(self, block: int = 0) -> PagedKVCache:
+        """What a block that is not committed sees now, for reading: later writes to the cache do not change it, so that
+        a block that is recomputed in backward reads what its forward read, even after eviction."""
         view = copy.copy(self)
+        view._first_block = block
         view.streams = [stream._snapshot() for stream in self.streams]
         return view
 

@@ -45,7 +45,6 @@ class PastFrame(NamedTuple):
 class Plan(NamedTuple):
     """What a stream is once a block has its pages."""
 
-    evicted_before: int
     frames: dict[int, list[KeysAndValues]]
     pages: Pages
 
@@ -100,14 +99,14 @@ class Stream:
         self._blocks: list[Block] = []  # that are not committed
         self._selection: list[list[int]] | None = None  # one list, or one per K/V head
         self._selected_before = 0  # frames from this one on are seen as usual
-        self._evicted_before = 0  # of the frames before this one, sink and selection alone are kept
+        self._forgot = False  # frames that were not selected
         self._newest_block_frames = 1  # of the block for which frames were evicted
         self._pages: Pages = {}
 
     @property
     def visible_frames(self) -> int:
-        """Committed frames that are kept for later blocks; with a selection per head, of the head that sees most."""
-        return max(len(self._frames.keys() & set(seen)) for seen in self._seen_from(self.num_frames, 0))
+        """Committed frames that some head may still see."""
+        return len(set().union(*self._seen_from(self.num_frames, 0)))
 
     def fork(self) -> Stream:
         """A stream with the same past that goes on by itself. Both hold the same pages; one that is written is copied
@@ -116,14 +115,8 @@ class Stream:
         Raises:
             ValueError: a block is not committed, or the pool has ``grad_through_cache``.
         """
-        self._check_open()
-        if self._blocks:
-            raise ValueError(
-                f"the stream has {len(self._blocks)} uncommitted blocks, but fork takes a stream without: commit or "
-                "drop them first"
-            )
-        if self.pool.grad_through_cache:
-            raise ValueError("fork is for constant pasts, but the pool has grad_through_cache")
+        self._check_between_blocks("fork")
+        self._check_constant("fork")
         return self.pool._opened(self._snapshot())
 
     def rollback(self, num_frames: int) -> None:
@@ -134,10 +127,11 @@ class Stream:
                 before it as far as ``rollback_frames`` says.
 
         Raises:
-            ValueError: there are fewer frames, or the next block (as long as the one that was written last) would see
-                frames that were evicted. Nothing is changed then.
+            ValueError: there are fewer frames, the next block (as long as the one that was written last) would see
+                frames that were evicted, or the pool has ``grad_through_cache``. Nothing is changed then.
         """
         self._check_open()
+        self._check_constant("rollback")
         if not 0 <= num_frames <= self.num_frames:
             raise ValueError(f"num_frames is {num_frames}, but must be in [0, {self.num_frames}], the committed frames")
         left = self.num_frames - num_frames
@@ -159,13 +153,13 @@ class Stream:
             forget: frames that no head has chosen are gone for good, and their pages are free.
 
         Raises:
-            ValueError: frames that are not there or were evicted, another number of sequences than heads, or
-                ``forget`` without frames. Nothing is changed then.
+            ValueError: a block is not committed, frames that are not there or were evicted, another number of sequences
+                than heads, or None with or after ``forget``. Nothing is changed then.
         """
-        self._check_open()
+        self._check_between_blocks("select_frames")
         if frames is None:
-            if forget:
-                raise ValueError("forget is True, but frames is None: nothing is chosen")
+            if forget or self._forgot:
+                raise ValueError("frames is None, but frames are forgotten: choose among those that are left")
             self._selection = None
             return
         per_head = any(not isinstance(entry, int) for entry in frames)
@@ -179,13 +173,18 @@ class Stream:
         self._selection = chosen
         self._selected_before = self.num_frames
         if forget:
+            self._forgot = True
             self._frames = {frame: self._frames[frame] for frame in set().union(*chosen)}
             self._release_pages()
 
     def save(self, path: str | Path) -> None:
-        """Writes the committed frames that are kept, as they are read, and all that ``PagePool.load_stream`` needs to
-        go on (safetensors)."""
-        self._check_open()
+        """Writes the frames that are kept, as they are read, and all that ``PagePool.load_stream`` needs to go on
+        (safetensors).
+
+        Raises:
+            ValueError: a block is not committed.
+        """
+        self._check_between_blocks("save")
         frames = sorted(self._frames)
         tensors = {"frames": torch.tensor(frames, dtype=torch.int64)}
         for index, name in enumerate(("k", "v")):
@@ -230,17 +229,14 @@ class Stream:
         usual = [frame for first, end in spans for frame in range(first, end)]
         if self._selection is None:
             return [usual]
-        border = min(self._selected_before, start)
+        border = min(self._selected_before, start)  # a rollback may go back behind the choice
         newer = [frame for frame in usual if frame >= border]
         return [[frame for frame in chosen if frame < border] + newer for chosen in self._selection]
 
     def _check_kept(self, start: int, num_frames: int) -> None:
         """Raises ValueError if a block at ``start`` would see frames that were evicted."""
-        evicted = [
-            frame
-            for frame in sorted(set().union(*self._seen_from(start, num_frames)))
-            if self.sink_frames <= frame < self._evicted_before and frame not in self._frames
-        ]
+        committed = {frame for seen in self._seen_from(start, num_frames) for frame in seen if frame < self.num_frames}
+        evicted = sorted(committed - self._frames.keys())
         if evicted:
             raise ValueError(
                 f"a block of {num_frames} frames after {start} frames sees frames {evicted}, which were evicted: "
@@ -252,9 +248,8 @@ class Stream:
         frames = {frame: layers[layer] for frame, layers in self._frames.items()}
         for index, written in enumerate(self._blocks[:block]):
             frames |= dict(enumerate(written.layers[layer], self._start_of(index)))
-        # What is not there and was not evicted was forgotten on purpose.
         return [
-            [PastFrame(*frames[frame], frame < self.sink_frames) for frame in seen if frame in frames]
+            [PastFrame(*frames[frame], frame < self.sink_frames) for frame in seen]
             for seen in self._seen_from(self._start_of(block), num_frames)
         ]
 
@@ -288,30 +283,24 @@ class Stream:
         """What the stream keeps and holds once a block has its pages: what the first uncommitted block does not see is
         evicted when a block comes that was not there."""
         if block < len(self._blocks):
-            return Plan(self._evicted_before, self._frames, self._pages)
-        first_block = self._blocks[0].num_frames if self._blocks else num_frames
-        evicted_before = 0
-        if self.window_frames is not None:
-            reach = self.window_frames - self.sink_frames + self.rollback_frames
-            evicted_before = max(self._evicted_before, self.num_frames + first_block - reach)
-        chosen = set().union(*(self._selection or []))
-        frames = {
-            frame: kept
-            for frame, kept in self._frames.items()
-            if frame < self.sink_frames or frame >= evicted_before or frame in chosen
-        }
+            return Plan(self._frames, self._pages)
+        first_end = self.num_frames + (self._blocks[0].num_frames if self._blocks else num_frames)
+        window = None if self.window_frames is None else self.window_frames + self.rollback_frames
+        spans = visible_past(self.num_frames, first_end, window, self.sink_frames)
+        needed = {frame for first, end in spans for frame in range(first, end)}.union(*(self._selection or []))
+        frames = {frame: kept for frame, kept in self._frames.items() if frame in needed}
         start = self._start_of(block)
         held = self._pages_of([*frames, *range(self.num_frames, start)])
         pages = {page: self._pages[page] for page in held}
         for page in self._pages_of(range(start, start + num_frames)):
             if page not in pages or self.pool._is_shared(pages[page]):
                 pages[page] = object()
-        return Plan(evicted_before, frames, pages)
+        return Plan(frames, pages)
 
     def _begin_block(self, block: int, num_frames: int, plan: Plan) -> None:
         if block < len(self._blocks):
             return
-        self._evicted_before, self._frames, self._pages = plan
+        self._frames, self._pages = plan
         self._blocks.append(Block(num_frames))
         self._newest_block_frames = self._blocks[0].num_frames
 
@@ -352,9 +341,18 @@ class Stream:
         if self._closed:
             raise ValueError("the stream is closed")
 
+    def _check_between_blocks(self, name: str) -> None:
+        self._check_open()
+        if self._blocks:
+            raise ValueError(f"{name} is called with {len(self._blocks)} uncommitted blocks: commit or drop them first")
+
+    def _check_constant(self, name: str) -> None:
+        if self.pool.grad_through_cache:
+            raise ValueError(f"{name} is for constant pasts, but the pool has grad_through_cache")
+
 
 _ARGUMENTS = ("window_frames", "sink_frames", "frame_seqlen", "max_frames", "rollback_frames")
-_STATE = ("num_frames", "_selection", "_selected_before", "_evicted_before", "_newest_block_frames")
+_STATE = ("num_frames", "_selection", "_selected_before", "_forgot", "_newest_block_frames")
 
 
 def _pool_key(pool: PagePool) -> dict[str, object]:
