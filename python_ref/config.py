@@ -165,8 +165,10 @@ class DistributedConfig:
     """How the processes that torchrun started share the work; of no effect in a run of one process."""
 
     strategy: str = "none"  # "ddp": each holds all weights; "fsdp": weights, gradients and moments are sharded (FSDP2)
+    context_parallel: int = 1  # so many processes work on the same videos, each on a share of the tokens and heads
 
     def __post_init__(self) -> None:
+        _check_positive(self, "context_parallel")
         _check_choice("distributed.strategy", self.strategy, ("none", "ddp", "fsdp"))
 
 

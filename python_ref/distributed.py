@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from python_ref.batch_share import BatchShare
 from python_ref.config import DistributedConfig
+from python_ref.context_parallel import ContextParallel
 from python_ref.models.wan import WanBackbone
 from python_ref.processes import process_count, process_rank, share_first_weights
 
@@ -19,28 +20,39 @@ def batch_share(config: DistributedConfig) -> BatchShare:
     """The part of every batch that this process works on.
 
     Raises:
-        ValueError: several processes, but no strategy for them.
+        ValueError: several processes, but no strategy for them, or a number that groups of ``context_parallel`` do not
+            make up.
     """
-    if process_count() > 1 and config.strategy == "none":
-        raise ValueError(
-            f"distributed.strategy is 'none', but there are {process_count()} processes; accepted: 'ddp', 'fsdp'"
-        )
-    return BatchShare(process_rank(), process_count())
+    count, group_size = process_count(), config.context_parallel
+    if count > 1 and config.strategy == "none":
+        raise ValueError(f"distributed.strategy is 'none', but there are {count} processes; accepted: 'ddp', 'fsdp'")
+    if count == 1:
+        return BatchShare()
+    if count % group_size:
+        raise ValueError(f"distributed.context_parallel is {group_size}; accepted: a divisor of {count} processes")
+    return BatchShare(process_rank() // group_size, count // group_size)
 
 
 def distribute(config: DistributedConfig, *modules: nn.Module) -> None:
     """Prepares modules for the processes of the run, in place; nothing changes in a run of one process.
 
     All processes go on with the weights of the first. With "fsdp" each keeps only its part of them; with "ddp" it keeps
-    them all, and `python_ref.learning.Learner` averages the gradients.
+    them all, and `python_ref.learning.Learner` averages the gradients. With `context_parallel` neighbouring processes
+    share the tokens of their videos; see `python_ref.context_parallel`, also for why all gradients may be averaged.
 
     Args:
         config: how to spread them.
         modules: all networks of a stage, frozen ones and averages too, each before its optimizer is made. A module that
             is no `WanBackbone` is sharded by its parts, which must then be called as modules.
     """
-    if process_count() == 1:
+    count, group_size = process_count(), config.context_parallel
+    if count == 1:
         return
+    if group_size > 1:
+        groups = init_device_mesh("cpu", (count // group_size, group_size), mesh_dim_names=("batch", "context"))
+        parallel = ContextParallel(groups["context"].get_group())
+        for backbone in (part for module in modules for part in module.modules() if isinstance(part, WanBackbone)):
+            backbone.split_context(parallel)
     for module in modules:
         share_first_weights(module)
         if config.strategy == "fsdp":

@@ -77,15 +77,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             together.append(runs.arguments(stage, strategy, option))
             runs.copy_half(stage, "one", f"one to {strategy}")
             together.append(runs.arguments(stage, f"one to {strategy}", option, "resume=true"))
+    # Both processes on all samples, each with half of the tokens and heads.
+    split = ("distributed.strategy=fsdp", "distributed.context_parallel=2")
+    together.append(runs.arguments("self_forcing", "context", *split))
     refused = [
         runs.arguments("teacher", "refused"),
         runs.arguments("teacher", "refused", "distributed.strategy=ddp", "teacher.batch_size=5"),
+        runs.arguments("teacher", "refused", "distributed.strategy=ddp", "distributed.context_parallel=3"),
     ]
     done = runs.torchrun(together, refused=refused)
     assert done.returncode == 0, done.stderr
     for message in (
         "distributed.strategy is 'none', but there are 2 processes; accepted: 'ddp', 'fsdp'",
         "batch_size is 5; accepted with 2 data-parallel processes: a multiple",
+        "distributed.context_parallel is 3; accepted: a divisor of 2 processes",
     ):
         assert done.stderr.count(f"error: {message}") == 2
     for stage in STAGES:
@@ -95,11 +100,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("name", ["{}", "one to {}", "{} to one"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_compute_what_one_does(stage: str, strategy: str, name: str, runs: Runs):
-    name = name.format(strategy)
+NAMES = [name.format(strategy) for strategy in STRATEGIES for name in ("{}", "one to {}", "{} to one")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [*((stage, name) for stage in STAGES for name in NAMES), ("self_forcing", "context")]
+)
+def test_two_processes_compute_what_one_does(stage: str, name: str, runs: Runs):
     expected, found = runs.metrics(stage, "one"), runs.metrics(stage, name)
     if "to" in name:
         expected = expected[HALF:]

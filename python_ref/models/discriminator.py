@@ -123,4 +123,6 @@ class Discriminator(nn.Module):
             for module in (*blocks, self.model.time_embedding):
                 hooks.enter_context(module.register_forward_hook(keep))
             self.model(x, t, context)
-        return [seen[block][0] for block in blocks], seen[self.model.time_embedding]
+        frames = self.model.config.grid(x.shape)[0]
+        tokens = [self.model.whole_tokens(seen[block][0], frames) for block in blocks]
+        return tokens, seen[self.model.time_embedding]

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from python_ref.backend import load_backend
+from python_ref.context_parallel import ContextParallel
 from python_ref.models.wan_layers import Attend, Grid, Head, Positions, WanBlock, WanConfig, wide
 from python_ref.precision import autocast_dtype, without_autocast
 from selfforcing_ext.mask import BlockCausalMask
@@ -41,7 +42,24 @@ class WanBackbone(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config, self.ops) for _ in range(config.num_layers))
         self.head = Head(config, self.ops)
+        self.parallel: ContextParallel | None = None
         self._initialise()
+
+    def split_context(self, parallel: ContextParallel) -> None:
+        """Spreads every later call over the processes of ``parallel``, each with a share of the tokens and, in
+        self-attention and in caches, of the heads. All make the same calls, and get the whole flow.
+
+        Raises:
+            ValueError: the heads cannot be split evenly; in a call, the tokens of a frame.
+        """
+        parallel.check(self.config.num_heads)
+        self.parallel = parallel
+        for block in self.blocks:
+            block.self_attn.parallel = parallel
+
+    def whole_tokens(self, tokens: Tensor, frames: int) -> Tensor:
+        """All tokens [B, L, ...] of the frames, from those that this process holds."""
+        return tokens if self.parallel is None else self.parallel.all_tokens(tokens, frames)
 
     def encode_context(self, context: Tensor) -> EncodedContext:
         """Cross-attention keys and values of every layer, which several calls on the same caption can share.
@@ -62,7 +80,8 @@ class WanBackbone(nn.Module):
         return [block.cross_attn.keys_and_values(text) for block in self.blocks]
 
     def _embed_patches(self, x: Tensor) -> Tensor:
-        """Latents [B, F, C, H, W] to tokens [B, L, dim]; the convolution has stride = kernel, so it is one GEMM."""
+        """Latents [B, F, C, H, W] to the tokens [B, L, dim] that this process holds; the convolution has stride =
+        kernel, so it is one GEMM."""
         batch = x.shape[0]
         frames, rows, columns = self.config.grid(x.shape)
         patch_frames, patch_rows, patch_columns = self.config.patch_size
@@ -74,11 +93,12 @@ class WanBackbone(nn.Module):
             tokens = wide(tokens)  # the residual stream stays in float32
         if self.config.position_grid is not None:
             tokens = (tokens.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2)
-        return tokens
+        return tokens if self.parallel is None else self.parallel.own_tokens(tokens, frames)
 
     def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
-        """Tokens [B, L, patch volume * out_dim] to latents [B, F, out_dim, H, W]."""
+        """The tokens [B, L, patch volume * out_dim] that this process holds to latents [B, F, out_dim, H, W]."""
         frames, rows, columns = grid
+        patches = self.whole_tokens(patches, frames)
         patch_frames, patch_rows, patch_columns = self.config.patch_size
         split = patches.reshape(-1, frames, rows, columns, patch_frames, patch_rows, patch_columns, self.config.out_dim)
         return split.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(
@@ -254,7 +274,7 @@ class CausalWanModel(WanBackbone):
         _, rows, columns = self.config.grid(latents)
         return self.ops.PagedKVCache(
             self.config.num_layers,
-            self.config.num_heads,
+            self.config.num_heads // (self.parallel.size if self.parallel is not None else 1),
             self.config.head_dim,
             rows * columns,
             batch_size=latents[0],

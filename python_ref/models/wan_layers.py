@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from python_ref.context_parallel import ContextParallel
 from python_ref.ops.attention import cast_to_autocast_dtype
 
 Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
@@ -107,23 +108,51 @@ class Attention(nn.Module):
         """[B, L, dim] to [B, L, H, D]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
+    def _norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """[B, L, dim] to [B, L, H, D]. At position 0 ``qk_norm_rope`` does not rotate; its one pass over the tensor
+        replaces the ten of a normalisation made of elementwise operations."""
+        if not isinstance(norm, RMSNorm):
+            return self.split_heads(x)
+        tokens = x.flatten(0, 1).unsqueeze(1)  # each token a sequence of its own
+        normed = self.ops.qk_norm_rope(tokens, norm.weight, self.num_heads, (1, 1, 1), 0, self.eps)
+        return normed.view(*x.shape[:2], self.num_heads, -1)
+
 
 class SelfAttention(Attention):
+    parallel: ContextParallel | None = None  # over the processes that hold the other tokens of x
+
     def forward(self, x: Tensor, positions: Positions, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, L, dim], and the keys (after rotary embedding) and values [B, L, H, D] for a cache."""
+        """Output [B, L, dim], and the keys (after rotary embedding) and values [B, L, H, D] for a cache: of all tokens
+        and this process's heads, where x has a share of the tokens."""
         (x,) = cast_to_autocast_dtype(x)  # once rather than in each of the three projections
+        if self.parallel is not None:
+            return self._forward_in_parallel(x, positions, attend, self.parallel)
         q = self._norm_and_rotate(self.q(x), self.norm_q, positions)
         k = self._norm_and_rotate(self.k(x), self.norm_k, positions)
         v = self.split_heads(self.v(x))
         return self.o(attend(q, k, v).flatten(2)), k, v
 
+    def _forward_in_parallel(
+        self, x: Tensor, positions: Positions, attend: Attend, parallel: ContextParallel
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms need all heads of a token, and so come before the exchange; rotations need all tokens of a frame."""
+        frames = positions.copies * positions.grid[0]
+        normed = self._norm(self.q(x), self.norm_q), self._norm(self.k(x), self.norm_k)
+        q, k, v = parallel.tokens_to_heads(frames, *normed, self.split_heads(self.v(x)))
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        return self.o(parallel.heads_to_tokens(frames, attend(q, k, v)).flatten(2)), k, v
+
+    def _rotate(self, x: Tensor, positions: Positions) -> Tensor:
+        halves = x.unflatten(1, (positions.copies, -1)).flatten(0, 1)
+        rotated = self.ops.rope_3d(halves, positions.grid, positions.start_frame)
+        return rotated.unflatten(0, (-1, positions.copies)).flatten(1, 2)
+
     def _norm_and_rotate(self, x: Tensor, norm: nn.Module, positions: Positions) -> Tensor:
+        if not isinstance(norm, RMSNorm):
+            return self._rotate(self.split_heads(x), positions)
         halves = x.unflatten(1, (positions.copies, -1)).flatten(0, 1)  # [B * copies, F * rows * columns, dim]
         where = positions.grid, positions.start_frame
-        if isinstance(norm, RMSNorm):
-            rotated = self.ops.qk_norm_rope(halves, norm.weight, self.num_heads, *where, self.eps)
-        else:
-            rotated = self.ops.rope_3d(self.split_heads(halves), *where)
+        rotated = self.ops.qk_norm_rope(halves, norm.weight, self.num_heads, *where, self.eps)
         return rotated.unflatten(0, (-1, positions.copies)).flatten(1, 2)
 
 
@@ -134,15 +163,6 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.o(self.ops.block_causal_attention(self._norm(self.q(x), self.norm_q), k, v, None).flatten(2))
-
-    def _norm(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """[B, L, dim] to [B, L, H, D]. At position 0 ``qk_norm_rope`` does not rotate; its one pass over the tensor
-        replaces the ten of a normalisation made of elementwise operations."""
-        if not isinstance(norm, RMSNorm):
-            return self.split_heads(x)
-        tokens = x.flatten(0, 1).unsqueeze(1)  # each token a sequence of its own
-        normed = self.ops.qk_norm_rope(tokens, norm.weight, self.num_heads, (1, 1, 1), 0, self.eps)
-        return normed.view(*x.shape[:2], self.num_heads, -1)
 
 
 class WanBlock(nn.Module):
