@@ -140,9 +140,10 @@ inline bool any_gradient(const AttentionBackwardParams& p, int batch, KeyWalk pa
   return false;
 }
 
-// Adds the gradients of a tile, that is of the next `count` keys of the past, to where they have a place.
+// Adds the gradients of a tile, that is of the next `count` keys of the past, to where they have a place: those of keys
+// as they are stored.
 inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int kv_head, KeyWalk past, int count,
-                               const TileBuffers& tile) {
+                               Turn& turn, const TileBuffers& tile) {
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
   KeyPlace place{};
   for (int key = 0; key < count; key += place.count) {
@@ -151,15 +152,16 @@ inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int 
     if (page < 0) continue;
     for (int i = 0; i < place.count; ++i) {
       const int64_t token = page * p.past.page_size + place.first % p.past.page_size + i;
-      const int64_t row = (token * p.num_kv_heads + kv_head) * dim;
-      const auto add = [&](float* to, const float* sums, float factor) {
-        for_lanes(dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
-          const Floats sum = load(sums + (key + i) * padded_dim + d);
-          store<Float32>(to + row + d, load<Float32>(to + row + d, lanes) + sum * factor, lanes);
-        });
-      };
-      add(p.past_grads.k_pages, tile.grad_k, p.softmax_scale);
-      add(p.past_grads.v_pages, tile.grad_v, 1);
+      const int64_t row = (token * p.num_kv_heads + kv_head) * dim, sums = int64_t{key + i} * padded_dim;
+      float *grad_k = p.past_grads.k_pages + row, *grad_v = p.past_grads.v_pages + row;
+      const bool rotated = p.past.rope_table != nullptr;
+      if (rotated) turn.go_to(place.past->token + place.first + i - place.past->start);
+      for_lanes(dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+        Floats k = load(tile.grad_k + sums + d) * p.softmax_scale;
+        if (rotated) k = turn.rotate_back(k, d);
+        store<Float32>(grad_k + d, load<Float32>(grad_k + d, lanes) + k, lanes);
+        store<Float32>(grad_v + d, load<Float32>(grad_v + d, lanes) + load(tile.grad_v + sums + d), lanes);
+      });
     }
   }
 }
@@ -226,7 +228,7 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
   if (index >= tiles * (part + 1) / plan.key_parts) return;  // another part or another stream has more
   const bool past = index < past_tiles;
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), group = p.num_heads / p.num_kv_heads;
-  VisibleKeys<Op> visible_past(p, batch, kv_head, -1);
+  VisibleKeys<Op> visible_past(p, batch, kv_head, -1, tile.past);
   const KeyStretch stretch = past ? go_to_tile(visible_past, index) : KeyStretch{};
   const KeyWalk places = visible_past;
   const bool constant = past && !any_gradient(p, batch, places, stretch.count);
@@ -273,7 +275,7 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
     }
   }
   if (constant) return;
-  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, tile);
+  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, visible_past.past().turn(), tile);
   write_grad_keys<Op>(p.grad_k, batch, kv_head, keys, tile.grad_k, p.softmax_scale, dim);
   write_grad_keys<Op>(p.grad_v, batch, kv_head, keys, tile.grad_v, 1, dim);
 }

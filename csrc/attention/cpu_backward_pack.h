@@ -1,6 +1,6 @@
 // Plan and packing of the backward pass: chunks of queries, tiles of keys, and their operands in the workspace.
 #pragma once
-#include "cpu_layout.h"
+#include "cpu_past.h"
 
 namespace selfforcing {
 namespace SELFFORCING_ISA {
@@ -46,6 +46,7 @@ struct TileBuffers {
   float *grad_k, *grad_v;              // [key][d]: sums
   float *probabilities, *grad_scores;  // words [key][lane / kPack] of the chunk
   float* grad_scores_joined;           // words [key / kPack][lane]; grad_scores itself where kPack is 1
+  PastBuffers past;
 };
 
 struct BackwardPlan {
@@ -101,6 +102,7 @@ TileBuffers take_tile_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
   tile.grad_scores = arena.take<float>(kKeys * plan.row_words);
   tile.grad_scores_joined =
       Op::kPack == 1 ? tile.grad_scores : arena.take<float>(kKeys / Op::kPack * plan.joined_words);
+  tile.past = take_past_buffers<Op>(arena, dim);
   return tile;
 }
 
@@ -302,8 +304,8 @@ void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const 
     }
     const Row<Op> k = key < count ? run.k + in_run * run.k_stride : kZeros;
     const Row<Op> v = key < count ? run.v + in_run * run.v_stride : kZeros;
-    prefetch_row<Op>(k + kPrefetchRows * run.k_stride, dim);
-    prefetch_row<Op>(v + kPrefetchRows * run.v_stride, dim);
+    prefetch_row(k + kPrefetchRows * run.k_stride, dim * sizeof(*k));
+    prefetch_row(v + kPrefetchRows * run.v_stride, dim * sizeof(*v));
     pack_row<Op>(to.key_rows + key * words, k, dim);
     pack_row<Op>(to.value_rows + key * words, v, dim);
     joined[key % Op::kPack] = k;

@@ -2,7 +2,7 @@
 // purely vertical, keys and values are broadcast operands, and the probabilities of a tile are the next product's
 // operand as they are.
 #pragma once
-#include "cpu_layout.h"
+#include "cpu_past.h"
 
 namespace selfforcing {
 namespace SELFFORCING_ISA {
@@ -57,6 +57,7 @@ struct ForwardBuffers {
   float* scores;   // [key][lane of the panel]; then probabilities, words [key / kPack][lane]
   float* queries;  // per head and panel words [word][lane]
   ForwardSums sums;
+  PastBuffers past;
 };
 
 inline ForwardSums take_forward_sums(Arena& arena, int dim, int64_t lanes) {
@@ -78,6 +79,7 @@ ForwardBuffers take_forward_buffers(Arena& arena, const ForwardPlan& plan, int d
   to.scores = arena.take<float>(kForwardTileKeys * kMaxPanelVectors * kLanes);
   to.queries = arena.take<float>(words * lanes);
   to.sums = take_forward_sums(arena, dim, plan.key_parts == 1 ? lanes : 0);
+  to.past = take_past_buffers<Op>(arena, dim);
   return to;
 }
 
@@ -210,8 +212,8 @@ void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffer
   for (int key = 0; key < count;) {
     const KeyRun<Op> run = visible.next_run(count - key);
     for (int i = 0; i < run.count; ++i, ++key) {
-      prefetch_row<Op>(run.k + (i + kPrefetchRows) * run.k_stride, dim);
-      prefetch_row<Op>(run.v + (i + kPrefetchRows) * run.v_stride, dim);
+      prefetch_row(run.k + (i + kPrefetchRows) * run.k_stride, dim * sizeof(*run.k));
+      prefetch_row(run.v + (i + kPrefetchRows) * run.v_stride, dim * sizeof(*run.v));
       pack_row<Op>(to.keys + key * words, run.k + i * run.k_stride, dim);
       pair[key % Op::kPack] = run.v + i * run.v_stride;
       if (key % Op::kPack == Op::kPack - 1) put_values(key, pair);
@@ -391,7 +393,7 @@ void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const Forwar
     for (int head = first_head; head < first_head + num_heads; ++head)
       for (int i = 0; i < unit.num_panels; ++i) visit(panels[i], head);
   };
-  VisibleKeys<Op> visible(p, batch, kv_head, unit.block);
+  VisibleKeys<Op> visible(p, batch, kv_head, unit.block, at.past);
   const KeyPart keys = part_of_keys(num_visible_keys(p, batch, kv_head, unit.block), part, plan.key_parts);
   if (keys.count == 0) {
     if (part == 0)

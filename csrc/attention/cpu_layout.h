@@ -90,10 +90,9 @@ struct KeyRun {
 // Rows lie a token apart, farther than the hardware looks ahead: asks for a row some rows before it is needed.
 inline constexpr int kPrefetchRows = 8;
 
-template <typename Op>
-SELFFORCING_INLINE void prefetch_row(Row<Op> row, int dim) {
-  constexpr int kCacheLine = 64 / sizeof(typename Op::Storage);
-  for (int d = 0; d < dim; d += kCacheLine) __builtin_prefetch(row + d);
+SELFFORCING_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  constexpr int kCacheLine = 64;
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
 }
 
 // Keys of the past that a K/V head of a stream sees.
@@ -201,34 +200,6 @@ class KeyWalk {
   const PastSpan *past_span_ = nullptr, *past_end_ = nullptr;  // spans of the past still to walk over
   const int32_t *span_ = nullptr, *end_ = nullptr;             // spans of the call's own keys
   int done_ = 0;                                               // keys of the current span
-};
-
-// Their keys and values.
-template <typename Op>
-class VisibleKeys : public KeyWalk {
- public:
-  VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block)
-      : KeyWalk(p, batch, kv_head, block), p_(p), batch_(batch), kv_head_(kv_head) {}
-
-  // The next run, of at most `most` keys.
-  KeyRun<Op> next_run(int most) {
-    const KeyPlace place = next(most);
-    if (place.past == nullptr)
-      return {row_of<Op>(p_.k, batch_, kv_head_, place.first), row_of<Op>(p_.v, batch_, kv_head_, place.first),
-              p_.k.token_stride, p_.v.token_stride, place.count};
-    const PagedPast& past = p_.past;
-    const int slot = place.first % past.page_size;
-    const int64_t page = past.page_table[batch_ * past.table_stride + place.first / past.page_size];
-    return {static_cast<Row<Op>>(past.k_pages) + page * past.k_page_stride + slot * past.k_token_stride +
-                kv_head_ * past.k_head_stride,
-            static_cast<Row<Op>>(past.v_pages) + page * past.v_page_stride + slot * past.v_token_stride +
-                kv_head_ * past.v_head_stride,
-            past.k_token_stride, past.v_token_stride, place.count};
-  }
-
- private:
-  const AttentionParams& p_;
-  int batch_, kv_head_;
 };
 
 // `count` things in as few tiles of at most `most` as possible, of nearly equal size: a multiple of kKeyMultiple.

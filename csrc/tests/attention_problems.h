@@ -228,6 +228,25 @@ inline std::vector<Case> cases() {
   add("gradients of the past, bias", lists, [](Case& c) { c.grad_pages = true, c.bias = {1.5f, -0.75f}; });
   add("gradients of a long past", few, [](Case& c) { c.grad_pages = true, c.bias = {2.5f, -1.5f, -1.5f}; });
   add("gradients, many lengths", ragged, [](Case& c) { c.grad_pages = true; });
+  const Case paged{"", 2, 4, 2, 32, {0, 18}, {{{0, 18}}}, 18, 7, {{{0, 7}, {14, 61}}, {{3, 4}, {5, 150}}}};
+  for (PageFormat format : {PageFormat::int8, PageFormat::fp8_e4m3, PageFormat::int4}) {
+    for (int dim : {8, 40, 64, 200, 256})
+      if (format != PageFormat::int4 || dim % kInt4Group == 0)
+        add("quantised", paged, [&](Case& c) { c.format = format, c.dim = dim, c.k_offset = dim != 64; });
+    add("quantised, gradients", lists,
+        [&](Case& c) { c.format = format, c.dim = 96, c.k_offset = c.grad_pages = true, c.bias = {1.5f, -0.75f}; });
+  }
+  for (int dim : {8, 24, 32, 40, 72, 128, 256})
+    add("rotated", paged, [&](Case& c) { c.dim = dim, c.rope_grid = {11, 3, 5}; });
+  add("rotated, one column", paged, [](Case& c) { c.rope_grid = {4, 60, 1}; });
+  add("rotated, gradients", lists,
+      [](Case& c) { c.grad_pages = true, c.rope_grid = {20, 4, 3}, c.bias = {1.5f, -0.75f}; });
+  add("rotated, gradients of a long past", few, [](Case& c) { c.grad_pages = true, c.rope_grid = {40, 5, 4}; });
+  for (PageFormat format : {PageFormat::int8, PageFormat::fp8_e4m3, PageFormat::int4})
+    add("quantised and rotated", lists, [&](Case& c) {
+      c.format = format, c.dim = 64, c.k_offset = c.grad_pages = true, c.bias = {1.5f, -0.75f};
+      c.rope_grid = {20, 4, 3};
+    });
   return all;
 }
 
@@ -238,12 +257,82 @@ struct Key {
   bool past;
   int index;  // position in the past, or key
   double bias = 0;
+  int token = 0;  // where a key that is rotated stands
+};
+
+// Rounded to nearest even.
+inline double round_to(DType dtype, double value) {
+  constexpr int kBits[] = {24, 8, 11}, kSmallest[] = {-149, -133, -24};
+  int exponent;
+  std::frexp(value, &exponent);
+  const int type = static_cast<int>(dtype);
+  const double unit = std::ldexp(1, std::max(exponent - kBits[type], kSmallest[type]));
+  return std::nearbyint(value / unit) * unit;
+}
+
+// Quantised elements and their scales, both with NaN or anything where nothing visible lies.
+struct QuantisedPages {
+  int64_t head_stride = 0, token_stride = 0, page_stride = 0;
+  std::vector<uint8_t> bytes;
+  std::vector<uint16_t> scales;
+
+  // Random elements and scales for the rows whose values are not NaN, and the values that these stand for.
+  QuantisedPages(PageFormat format, TestTensor& values, const float* offset, std::mt19937& random) {
+    const bool int4 = format == PageFormat::int4;
+    const int stored = int4 ? values.dim / 2 : values.dim, groups = int4 ? values.dim / kInt4Group : 1;
+    head_stride = stored + 3, token_stride = values.heads * head_stride + 5;
+    page_stride = values.tokens * token_stride + 7;
+    bytes.assign(values.batch * page_stride, 0x7f);
+    scales.assign(static_cast<size_t>(values.batch) * values.tokens * values.heads * groups, 0x7fc0);
+    for (int page = 0; page < values.batch; ++page)
+      for (int slot = 0; slot < values.tokens; ++slot)
+        for (int h = 0; h < values.heads; ++h) {
+          if (std::isnan(values.at(page, slot, h, 0))) continue;
+          uint16_t* scale = &scales[((static_cast<size_t>(page) * values.tokens + slot) * values.heads + h) * groups];
+          for (int g = 0; g < groups; ++g) from_float(DType::bfloat16, scale, g, draw_scale(format, random));
+          uint8_t* row = &bytes[page * page_stride + slot * token_stride + h * head_stride];
+          for (int d = 0; d < values.dim; ++d) {
+            const float value =
+                draw_element(format, row, d, random) * to_float(DType::bfloat16, scale, int4 ? d / kInt4Group : 0);
+            values.set(page, slot, h, d, offset == nullptr ? value : value + offset[h * values.dim + d]);
+          }
+        }
+  }
+
+ private:
+  static float draw_scale(PageFormat format, std::mt19937& random) {
+    const float size = format == PageFormat::int8 ? 0.02f : format == PageFormat::fp8_e4m3 ? 0.01f : 0.3f;
+    return size * (0.5f + static_cast<float>(random() % 256) / 256);
+  }
+  // Puts a random element where channel d of the row is, and returns its value.
+  static float draw_element(PageFormat format, uint8_t* row, int d, std::mt19937& random) {
+    if (format == PageFormat::int8) {
+      const int value = static_cast<int>(random() % 255) - 127;
+      row[d] = static_cast<uint8_t>(value);
+      return static_cast<float>(value);
+    }
+    if (format == PageFormat::fp8_e4m3) {
+      const int bits = static_cast<int>(random() % 127), exponent = bits >> 3, fraction = bits & 7;
+      const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+      const bool negative = random() % 2;
+      row[d] = static_cast<uint8_t>(bits | (negative ? 0x80 : 0));
+      return negative ? -size : size;
+    }
+    const int value = static_cast<int>(random() % 15) - 7, half = d % kInt4Group / 16;
+    uint8_t& byte = row[d / kInt4Group * 16 + d % 16];
+    byte = static_cast<uint8_t>(half == 0 ? (byte & 0xf0) | (value + 8) : (byte & 0x0f) | (value + 8) << 4);
+    return static_cast<float>(value);
+  }
 };
 
 struct Problem {
   Case c;
   DType dtype;
-  TestTensor q, k, v, grad_out, k_pages, v_pages;
+  TestTensor q, k, v, grad_out;
+  TestTensor k_pages, v_pages;            // of quantised pages the values, in float32
+  std::vector<QuantisedPages> quantised;  // those of keys and of values
+  std::vector<float> k_offset, rope_table;
+  RopeAxes rope_axes;
   std::vector<float> grad_lse;
   std::vector<int32_t> span_offsets{0}, spans, key_starts, query_span_offsets{0}, query_spans, page_table,
       grad_page_table;
@@ -308,7 +397,8 @@ struct Problem {
       for (auto [start, end] : list) positions = std::max(positions, end);
     pages_per_stream = (positions + c.page_size - 1) / c.page_size;
     const int pages = c.batch * pages_per_stream + 2;
-    k_pages = TestTensor(dtype, pages, c.page_size, c.kv_heads, c.dim, c.gaps);
+    const bool quantise = c.format != PageFormat::elements;
+    k_pages = TestTensor(quantise ? DType::float32 : dtype, pages, c.page_size, c.kv_heads, c.dim, c.gaps);
     v_pages = k_pages;
     std::vector<int32_t> order(pages);
     for (int i = 0; i < pages; ++i) order[i] = i;
@@ -318,7 +408,7 @@ struct Problem {
     k_values.fill(random, 1), v_values.fill(random, 1);
     for (const Intervals& list : c.past)
       for (size_t i = 0; i < list.size(); ++i)
-        past_spans.push_back({list[i].first, list[i].second, 0, c.bias.empty() ? 0.0f : c.bias[i]});
+        past_spans.push_back({list[i].first, list[i].second, first_token(list, i), c.bias.empty() ? 0.0f : c.bias[i]});
     for (int b = 0; b < c.batch; ++b)
       for (int h = 0; h < c.kv_heads; ++h)
         for (auto [start, end] : c.past_of(b, h))
@@ -328,6 +418,14 @@ struct Problem {
               k_pages.set(page, slot, h, d, k_values.at(page, slot, h, d));
               v_pages.set(page, slot, h, d, v_values.at(page, slot, h, d));
             }
+    std::normal_distribution<float> normal;
+    if (c.k_offset)
+      for (int i = 0; i < c.kv_heads * c.dim; ++i) k_offset.push_back(normal(random));
+    if (quantise) {
+      quantised.emplace_back(c.format, k_pages, c.k_offset ? k_offset.data() : nullptr, random);
+      quantised.emplace_back(c.format, v_pages, nullptr, random);
+    }
+    if (c.rotated()) make_rope_table();
     // Two pages of three get gradients, of a long past the newer half.
     if (c.grad_pages)
       for (size_t i = 0; i < page_table.size(); ++i)
@@ -335,6 +433,31 @@ struct Problem {
                                       ? -1
                                       : num_grad_pages++);
     std::reverse(grad_page_table.begin(), grad_page_table.end());
+  }
+  void make_rope_table() {
+    rope_axes = RopeAxes(c.rope_grid[0], c.rope_grid[1], c.rope_grid[2], c.dim);
+    for (int axis = 0; axis < 3; ++axis)
+      for (int position = 0; position < rope_axes.size[axis]; ++position)
+        for (int j = 0; j < rope_axes.pairs[axis]; ++j) {
+          const double angle = position * rope_axes.frequency(axis, j);
+          rope_table.insert(rope_table.end(),
+                            {static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))});
+        }
+  }
+  // Intervals are numbered one after the other, as a window is, but not from 0.
+  int first_token(const Intervals& list, size_t interval) const {
+    int token = c.rotated() ? 2 : 0;
+    for (size_t i = 0; c.rotated() && i < interval; ++i) token += list[i].second - list[i].first;
+    return token;
+  }
+  // Cosine and sine of pair j of a key.
+  std::pair<double, double> turn(int token, int j) const {
+    const int in_frame = rope_axes.size[1] * rope_axes.size[2];
+    const int position[] = {token / in_frame, token % in_frame / rope_axes.size[2], token % rope_axes.size[2]};
+    int axis = 0;
+    for (; j >= rope_axes.pairs[axis]; ++axis) j -= rope_axes.pairs[axis];
+    const int64_t entry = rope_axes.table_offset(axis) + position[axis] * rope_axes.pairs[axis] + j;
+    return {rope_table[2 * entry], rope_table[2 * entry + 1]};
   }
   int page_of(int b, int position) const { return page_table[b * pages_per_stream + position / c.page_size]; }
 
@@ -345,21 +468,32 @@ struct Problem {
       const Intervals& list = c.past_of(b, kv_head);
       for (size_t i = 0; i < list.size(); ++i)
         for (int position = list[i].first; position < list[i].second; ++position)
-          keys.push_back({true, position, c.bias.empty() ? 0 : c.bias[i]});
+          keys.push_back(
+              {true, position, c.bias.empty() ? 0 : c.bias[i], first_token(list, i) + position - list[i].first});
     }
     for (auto [start, end] : c.spans[block])
       for (int key = start; key < end; ++key) keys.push_back({false, key});
     return keys;
   }
-  // Their rows of one head, [keys, dim].
-  std::vector<double> rows(const TestTensor& own, const TestTensor& pages, int b, int h,
-                           const std::vector<Key>& keys) const {
+  // Their rows of one head as attention sees them, [keys, dim].
+  std::vector<double> rows(const TestTensor& own, const TestTensor& pages, int b, int h, const std::vector<Key>& keys,
+                           bool rotated) const {
     std::vector<double> values;
     values.reserve(keys.size() * c.dim);
-    for (const Key& key : keys)
+    for (const Key& key : keys) {
+      const size_t row = values.size();
       for (int d = 0; d < c.dim; ++d)
         values.push_back(key.past ? pages.at(page_of(b, key.index), key.index % c.page_size, h, d)
                                   : own.at(b, key.index, h, d));
+      if (!key.past) continue;
+      for (int d = 0; rotated && d < c.dim; d += 2) {
+        const auto [cosine, sine] = turn(key.token, d / 2);
+        const double x = values[row + d], y = values[row + d + 1];
+        values[row + d] = x * cosine - y * sine;
+        values[row + d + 1] = x * sine + y * cosine;
+      }
+      for (int d = 0; d < c.dim; ++d) values[row + d] = round_to(dtype, values[row + d]);
+    }
     return values;
   }
   // Where the gradient of a key of the past is summed: the row of one head, -1 if nowhere.
@@ -429,9 +563,17 @@ inline Exact define(const Problem& p) {
       if (k_row < 0) continue;
       Values& grad_k = keys[i].past ? exact.grad_k_pages : exact.grad_k;
       Values& grad_v = keys[i].past ? exact.grad_v_pages : exact.grad_v;
-      for (int d = 0; d < dim; ++d) {
-        grad_k.add(k_row + d, grad_score * q[d], size * q[d]);
-        grad_v.add(k_row + d, score[i] * grad_out[d], score[i] * grad_out[d]);
+      for (int d = 0; d < dim; ++d) grad_v.add(k_row + d, score[i] * grad_out[d], score[i] * grad_out[d]);
+      if (!keys[i].past || !c.rotated()) {
+        for (int d = 0; d < dim; ++d) grad_k.add(k_row + d, grad_score * q[d], size * q[d]);
+        continue;
+      }
+      for (int d = 0; d < dim; d += 2) {  // of the key as it is stored: rotated back
+        const auto [cosine, sine] = p.turn(keys[i].token, d / 2);
+        grad_k.add(k_row + d, grad_score * q[d] * cosine, size * q[d] * cosine);
+        grad_k.add(k_row + d, grad_score * q[d + 1] * sine, size * q[d + 1] * sine);
+        grad_k.add(k_row + d + 1, -grad_score * q[d] * sine, size * q[d] * sine);
+        grad_k.add(k_row + d + 1, grad_score * q[d + 1] * cosine, size * q[d + 1] * cosine);
       }
     }
   };
@@ -440,8 +582,8 @@ inline Exact define(const Problem& p) {
       for (int h = 0; h < c.heads; ++h) {
         const std::vector<Key> keys = p.visible(b, h / group, block);
         if (keys.empty()) continue;
-        const std::vector<double> k_rows = p.rows(p.k, p.k_pages, b, h / group, keys);
-        const std::vector<double> v_rows = p.rows(p.v, p.v_pages, b, h / group, keys);
+        const std::vector<double> k_rows = p.rows(p.k, p.k_pages, b, h / group, keys, c.rotated());
+        const std::vector<double> v_rows = p.rows(p.v, p.v_pages, b, h / group, keys, false);
         for (int query = c.block_starts[block]; query < c.block_starts[block + 1]; ++query)
           define_query(b, h, query, keys, k_rows, v_rows);
       }
@@ -497,10 +639,25 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
   a.lse = r.lse.data();
   a.spans = {static_cast<int32_t>(c.spans.size()), c.block_starts.data(), p.span_offsets.data(), p.spans.data()};
   if (c.page_size > 0) {
-    a.past.k_pages = p.k_pages.bytes.data(), a.past.v_pages = p.v_pages.bytes.data();
-    a.past.k_page_stride = a.past.v_page_stride = p.k_pages.batch_stride;
-    a.past.k_token_stride = a.past.v_token_stride = p.k_pages.token_stride;
-    a.past.k_head_stride = a.past.v_head_stride = p.k_pages.head_stride;
+    const auto stored = [&](const TestTensor& pages, size_t index, auto* data, auto* scales, int64_t* strides) {
+      if (p.quantised.empty()) {
+        *data = pages.bytes.data();
+        strides[0] = pages.batch_stride, strides[1] = pages.token_stride, strides[2] = pages.head_stride;
+        return;
+      }
+      const QuantisedPages& of = p.quantised[index];
+      *data = of.bytes.data(), *scales = of.scales.data();
+      strides[0] = of.page_stride, strides[1] = of.token_stride, strides[2] = of.head_stride;
+    };
+    int64_t strides[3];
+    stored(p.k_pages, 0, &a.past.k_pages, &a.past.k_scales, strides);
+    a.past.k_page_stride = strides[0], a.past.k_token_stride = strides[1], a.past.k_head_stride = strides[2];
+    stored(p.v_pages, 1, &a.past.v_pages, &a.past.v_scales, strides);
+    a.past.v_page_stride = strides[0], a.past.v_token_stride = strides[1], a.past.v_head_stride = strides[2];
+    a.past.format = c.format;
+    a.past.k_offset = c.k_offset ? p.k_offset.data() : nullptr;
+    a.past.rope_table = c.rotated() ? p.rope_table.data() : nullptr;
+    a.past.rope_axes = p.rope_axes;
     a.past.page_size = c.page_size;
     a.past.page_table = p.page_table.data();
     a.past.table_stride = p.pages_per_stream;
@@ -591,11 +748,13 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
     compare(p, 2, ("grad_k_pages" + on).c_str(), found.grad_k_pages, exact.grad_k_pages, kGrad[dtype]);
     compare(p, 3, ("grad_v_pages" + on).c_str(), found.grad_v_pages, exact.grad_v_pages, kGrad[dtype]);
     if (!found.adds_to_pages) fail(p, "gradients of the past are not added to what is there" + on);
+    // A rotated key that lies between two numbers of the dtype may become either.
+    const double lse_tolerance = p.c.rotated() && p.dtype != DType::float32 ? 10 * kLse[dtype] : kLse[dtype];
     for (size_t i = 0; i < exact.lse.size(); ++i) {
       const double off =
           exact.lse[i] == found.lse[i] ? 0 : std::fabs(found.lse[i] - exact.lse[i]) / (1 + std::fabs(exact.lse[i]));
       worst_seen[dtype][4] = std::max(worst_seen[dtype][4], off);
-      if (!(off <= kLse[dtype])) {
+      if (!(off <= lse_tolerance)) {
         fail(p, "lse[" + std::to_string(i) + "]" + on + " is " + std::to_string(found.lse[i]) + ", not " +
                     std::to_string(exact.lse[i]));
         break;
