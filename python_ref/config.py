@@ -15,7 +15,7 @@ from python_ref.data.latents import LatentsConfig
 from python_ref.data.moving_digits import MovingDigitsConfig
 from python_ref.data.video_files import VideoFilesConfig
 
-STAGES = ("teacher", "causal", "self_forcing")
+STAGES = ("teacher", "causal", "ode", "consistency", "self_forcing")
 
 
 def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
@@ -97,67 +97,169 @@ class RolloutConfig:
     window_frames: int | None = None
     sink_frames: int = 0
     context_noise: int = 0  # timestep at which the clean pass of a block is run
+    first_frame_alone: bool = False  # frame 0 is a block of its own
+
+    def blocks(self) -> dict[str, Any]:
+        """What masks, pipelines and objectives call by the same names: blocks, window and sink."""
+        names = ("frames_per_block", "first_frame_alone", "window_frames", "sink_frames")
+        return {name: getattr(self, name) for name in names}
+
+    def frames_within(self, limit: int, given_frames: int = 0) -> int:
+        """The most frames up to `limit` that blocks fill, after the given ones if there are any."""
+        before = given_frames or int(self.first_frame_alone)
+        return before + max(0, limit - before) // self.frames_per_block * self.frames_per_block
 
 
 @dataclass
-class TeacherConfig:
-    """Bidirectional flow matching from scratch."""
+class ExamplesConfig:
+    """What the stages share that learn from given examples."""
 
     steps: int = 4000
     batch_size: int = 32
     accumulate: int = 1  # batches per optimizer step
+    caption_dropout: float = 0.0
+    ema_decay: float = 0.99
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch_size", "accumulate")
+
+
+@dataclass
+class TeacherConfig(ExamplesConfig):
+    """Bidirectional flow matching from scratch."""
+
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     sample_steps: int = 40
     guidance_scale: float = 2.0  # flow = uncond + scale (cond - uncond)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "accumulate", "sample_steps")
+        super().__post_init__()
+        _check_positive(self, "sample_steps")
+
+
+def _fine_tuning() -> OptimizerConfig:
+    return OptimizerConfig(lr=5e-4, warmup_steps=50)
 
 
 @dataclass
-class CausalConfig:
+class CausalConfig(ExamplesConfig):
     """Causal initialisation: the teacher's weights under a block-causal mask, by teacher or diffusion forcing."""
 
     init: str = "assets/teacher.safetensors"
     steps: int = 600
     batch_size: int = 24
-    accumulate: int = 1
-    caption_dropout: float = 0.0
     forcing: str = "teacher"  # or "diffusion"
-    ema_decay: float = 0.99
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-4, warmup_steps=50))
+    clean_noise_steps: int = 0  # teacher forcing: the clean past is noised by one of so many lowest levels; 0: not
+    published_clean_noise: bool = False  # draw from the highest levels instead, as the published code does
+    optimizer: OptimizerConfig = field(default_factory=_fine_tuning)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_choice("causal.forcing", self.forcing, ("teacher", "diffusion"))
-        _check_positive(self, "steps", "batch_size", "accumulate")
+        if self.clean_noise_steps and self.forcing != "teacher":
+            raise ValueError(
+                f"causal.clean_noise_steps is {self.clean_noise_steps}; accepted with forcing = {self.forcing!r}: 0, "
+                "as its past is noised already"
+            )
+
+
+@dataclass
+class OdeConfig(ExamplesConfig):
+    """Causal initialisation by regression on the teacher's ODE (CausVid, arXiv 2412.07772, section 4.3)."""
+
+    init: str = "assets/teacher.safetensors"
+    pairs: str = "outputs/ode_pairs"  # a folder written by python_ref.make_ode_pairs
+    steps: int = 600
+    batch_size: int = 24
+    optimizer: OptimizerConfig = field(default_factory=_fine_tuning)
+
+
+@dataclass
+class ConsistencyConfig(ExamplesConfig):
+    """Causal initialisation by consistency distillation of a causal teacher (arXiv 2605.15141)."""
+
+    init: str = "outputs/demo/causal.safetensors"  # the student
+    teacher: str = "outputs/demo/causal.safetensors"  # trained by teacher forcing
+    steps: int = 600
+    batch_size: int = 24
+    solver_steps: int = 48  # of the teacher's ODE from noise to video
+    guidance_scale: float = 1.0  # of the teacher: flow = uncond + scale (cond - uncond); 1: none
+    optimizer: OptimizerConfig = field(default_factory=_fine_tuning)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "solver_steps")
+
+
+@dataclass
+class GanConfig:
+    """The discriminator, a copy of the teacher with registers, and its losses; see `python_ref.objectives.gan`."""
+
+    layers: list[int] = field(default_factory=lambda: [1, 2, 3])  # of the teacher, whose outputs the registers read
+    sees_time: bool = False
+    relativistic: bool = True
+    generator_weight: float = 1.0
+    discriminator_weight: float = 1.0
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.1
+    r2_weight: float = 0.0
+    r2_sigma: float = 0.1
+
+
+def _constant_rate(lr: float) -> OptimizerConfig:
+    return OptimizerConfig(lr=lr, beta1=0.0, weight_decay=0.0, warmup_steps=0, final_lr_ratio=1)
 
 
 @dataclass
 class SelfForcingConfig:
-    """Distribution matching (DMD) on the model's own rollouts (Self-Forcing, arXiv 2506.08009, algorithm 1)."""
+    """Training on the model's own videos (Self-Forcing, arXiv 2506.08009, algorithm 1, and its relatives)."""
 
     init: str = "outputs/demo/causal.safetensors"  # the generator
     teacher: str = "assets/teacher.safetensors"  # the real score; the critic starts from it too
     steps: int = 400
     batch_size: int = 16
+    accumulate: int = 1  # batches per optimizer step, of the generator and of the critic
     generator_every: int = 3  # critic steps per generator step, DMD2's two time-scale rule (arXiv 2405.14867)
-    guidance_scale: float = 1.0  # of the real score: cond + scale (cond - uncond)
     ema_decay: float = 0.95  # per generator step
+
+    # What the videos are trained for.
+    objective: str = "dmd"  # "sid", "gan"
+    guidance_scale: float = 1.0  # of the real score: cond + scale (cond - uncond)
+    fake_guidance_scale: float = 0.0  # of the critic, in the same way
+    sid_alpha: float = 1.0
+    ts_schedule: bool = False  # videos are scored at timesteps from where they were denoised to
+    ts_schedule_max: bool = False  # and up to where they came from
+    min_score_timestep: int = 0
+    gan: GanConfig = field(default_factory=GanConfig)
+
+    # How the videos are made: "rollout"; "self_gradient", a rollout whose gradient comes from one parallel pass (Self
+    # Gradient Forcing); "noised_data" or "simulated", in one pass without a rollout (CausVid).
+    videos: str = "rollout"
     cache_gradient: str = "constant"
     last_step_only: bool = False
     same_step_across_blocks: bool = True
-    generator: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=1e-4, beta1=0.0, weight_decay=0.0, warmup_steps=0, final_lr_ratio=1)
+    given_frames: int = 0  # real frames that every video continues; 1: image to video
+    min_frames: int | None = (
+        None  # of a rollout, whose length is drawn anew in every step; None: as long as the teacher's videos
     )
-    critic: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=2e-4, beta1=0.0, weight_decay=0.0, warmup_steps=0, final_lr_ratio=1)
-    )
+    max_frames: int | None = None  # beyond the teacher's length, the newest frames are scored; None: as min_frames
+    gradient_frames: int | None = None  # only the newest get gradient; None: all that are scored
+    stream_steps: int = 0  # training steps for which a rollout goes on, its cache kept; 0: each starts anew
+    stream_frames: int | None = None  # that a stream goes on by at a time; None: the teacher's length
+
+    generator: OptimizerConfig = field(default_factory=lambda: _constant_rate(1e-4))
+    critic: OptimizerConfig = field(default_factory=lambda: _constant_rate(2e-4))
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "generator_every")
+        _check_positive(self, "steps", "batch_size", "accumulate", "generator_every")
+        _check_choice("self_forcing.objective", self.objective, ("dmd", "sid", "gan"))
+        _check_choice("self_forcing.videos", self.videos, ("rollout", "self_gradient", "noised_data", "simulated"))
         _check_choice("self_forcing.cache_gradient", self.cache_gradient, ("constant", "exit_step", "full"))
+        for name in ("min_frames", "max_frames", "gradient_frames", "stream_frames"):
+            if getattr(self, name) is not None:
+                _check_positive(self, name)
 
 
 @dataclass
@@ -216,12 +318,15 @@ class Config:
     backend: str = "ext"
     threads: int = 2
     precision: str = "bf16"  # autocast of the networks; "fp32": none. Weights and optimizer are always float32
+    checkpoint_activations: bool = False  # recompute each layer in backward rather than keep its activations
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
+    ode: OdeConfig = field(default_factory=OdeConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     self_forcing: SelfForcingConfig = field(default_factory=SelfForcingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -237,6 +342,11 @@ class Config:
                 f"{self.data.source!r}: 0, since only moving digits can be measured"
             )
         _check_positive(self, "threads")
+
+    @property
+    def samples_continue_data(self) -> bool:
+        """Whether samples start with frames of the data, so that they need its captions too."""
+        return self.stage == "self_forcing" and self.self_forcing.given_frames > 0
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:

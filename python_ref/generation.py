@@ -22,36 +22,40 @@ def generate_causal(
     rollout: RolloutConfig,
     generator: torch.Generator,
     precision: str,
+    initial_latents: Tensor | None = None,
 ) -> Tensor:
     """Block by block in a few steps; float32 [B, num_frames, C, H, W] in about -1..1, of any length.
 
     Args:
         network: with a CausalWanModel.
         captions: B texts.
-        num_frames: a multiple of `rollout.frames_per_block`; may exceed the length of training.
+        num_frames: a multiple of `rollout.frames_per_block`, and one more with `first_frame_alone`, after the given
+            frames; may exceed the length of training.
         rollout: blocks, denoising steps, window and sink.
         generator: of all random draws.
         precision: "bf16" or "fp32".
+        initial_latents: clean frames [B, F_given, C, H, W] that the videos continue; counted in `num_frames`.
     """
     assert isinstance(network.model, CausalWanModel)
-    if num_frames < 1 or num_frames % rollout.frames_per_block:
+    given = 0 if initial_latents is None else initial_latents.shape[1]
+    before = given or int(rollout.first_frame_alone)
+    if num_frames < max(1, before) or num_frames == given or (num_frames - before) % rollout.frames_per_block:
+        first = f"{before} and " if before else ""
         raise ValueError(
-            f"num_frames is {num_frames}; accepted: a multiple of frames_per_block = {rollout.frames_per_block}"
+            f"num_frames is {num_frames}; accepted: {first}a multiple of frames_per_block = {rollout.frames_per_block}"
         )
     schedule = network.schedule()
     pipeline = CausalInferencePipeline(
         network.model,
         schedule,
         schedule.warp(rollout.denoising_steps),
-        rollout.frames_per_block,
         context_noise=rollout.context_noise,
-        window_frames=rollout.window_frames,
-        sink_frames=rollout.sink_frames,
+        **rollout.blocks(),
     )
-    noise = torch.randn(network.latent_shape(len(captions), num_frames), generator=generator)
+    noise = torch.randn(network.latent_shape(len(captions), num_frames - given), generator=generator)
     with network_precision(precision):
         context, _ = network.contexts(captions)
-        return pipeline.generate(noise, context, TorchNoise(generator))
+        return pipeline.generate(noise, context, TorchNoise(generator), initial_latents)
 
 
 @torch.no_grad()

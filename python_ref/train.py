@@ -15,23 +15,26 @@ from python_ref.distributed import batch_share
 from python_ref.processes import is_first_process, process_group
 from python_ref.stages import Stage
 from python_ref.stages.causal import CausalStage
+from python_ref.stages.consistency import ConsistencyStage
+from python_ref.stages.ode import OdeStage
 from python_ref.stages.self_forcing import SelfForcingStage
 from python_ref.stages.teacher import TeacherStage
 from python_ref.trainer import Trainer
 
+KINDS = {kind.name: kind for kind in (TeacherStage, CausalStage, OdeStage, ConsistencyStage, SelfForcingStage)}
+
 
 def make_stage(config: Config, source: TrainingSource) -> Stage:
     """The stage that `config.stage` names, its networks built or loaded."""
-    kinds = {"teacher": TeacherStage, "causal": CausalStage, "self_forcing": SelfForcingStage}
-    return kinds[config.stage](config, source)
+    return KINDS[config.stage](config, source)
 
 
 def train(config: Config) -> Path:
     """Runs one stage, within a `process_group` together with other processes; returns the file of averaged weights."""
     torch.set_num_threads(config.threads)
     source = open_source(config.data)
-    digits = config.data.source == "moving_digits"
-    prompts = None if digits else source.captions(0, config.logging.sample_prompts)
+    own_captions = config.data.source == "moving_digits" and not config.samples_continue_data
+    prompts = None if own_captions else source.captions(0, config.logging.sample_prompts)
     stage = make_stage(config, replace(source, share=batch_share(config.distributed)))
     return Trainer(config, stage, prompts, source.show).run()
 

@@ -1,6 +1,7 @@
 """What all tests share: few threads, a fixed seed, and Hypothesis without a clock."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,3 +20,33 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text("stage: teacher\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def starts(tmp_path_factory, config_file) -> list[str]:
+    """Overrides that let the later stages start from a teacher and a causal model of a few steps."""
+    from tiny_runs import TINY  # needs the extras of training, as few tests do
+
+    from python_ref.train import main as train
+
+    folder = tmp_path_factory.mktemp("starts")
+    where = [
+        f"output={folder}",
+        f"causal.init={folder}/teacher.safetensors",
+        f"self_forcing.init={folder}/causal.safetensors",
+        f"self_forcing.teacher={folder}/teacher.safetensors",
+        f"ode.init={folder}/teacher.safetensors",
+        f"consistency.init={folder}/causal.safetensors",
+        f"consistency.teacher={folder}/causal.safetensors",
+    ]
+    steps = ["teacher.steps=20", "causal.steps=4", "teacher.optimizer.warmup_steps=2"]
+    for stage in ("teacher", "causal"):
+        assert train(["--config", str(config_file), *TINY, *where, *steps, f"stage={stage}", "backend=reference"]) == 0
+    return where[1:]

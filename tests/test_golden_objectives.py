@@ -251,20 +251,24 @@ def test_causvid(name, backend):
     tensors, options = case("wide/f_causvid", name), entry["args"]
     schedule = FlowMatchSchedule(options["model_kwargs"]["timestep_shift"])
     models = generator, _, fake = wide_models(backend)
-    objective = CausVid(
+    objective = DMD(
         *models,
         schedule,
         score_schedule=FlowMatchSchedule(SCORE_SHIFT),
         guidance_scale=options["guidance_scale"],
         timestep_shift=options["timestep_shift"],
-        denoising_steps=denoising_steps(options, schedule),
+    )
+    causvid = CausVid(
+        generator,
+        schedule,
+        denoising_steps(options, schedule),
         frames_per_block=options["num_frame_per_block"],
         first_frame_alone=options["independent_first_frame"],
         teacher_forcing=options.get("teacher_forcing", False),
     )
     source, clean = replay(tensors), shared["clean_latent"]
-    states = objective.noise_data(clean, source)
-    video = objective.generate(states, shared["cond"], source, clean if objective.teacher_forcing else None)
+    states = causvid.noise_data(clean, source)
+    video = causvid.generate(states, shared["cond"], source, clean if causvid.teacher_forcing else None)
     assert_near(video, tensors["pred"], name="video")
     if name.endswith("gen"):
         loss, log = objective.distribution_matching_loss(video, shared["cond"], shared["uncond"], source=source)

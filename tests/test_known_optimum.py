@@ -93,20 +93,12 @@ def test_causvid_reaches_the_data_from_noised_data():
     timesteps, source, steps = torch.tensor([500.0]), TorchNoise(0), 250
     teacher = GaussianScore(MEAN, DEVIATION).requires_grad_(False)
     student, critic = AffineStudent(timesteps), GaussianScore(*START)
-    objective = CausVid(
-        student,
-        teacher,
-        critic,
-        SCHEDULE,
-        guidance_scale=0.0,
-        timestep_shift=1.0,
-        denoising_steps=timesteps,
-        frames_per_block=1,
-    )
+    causvid = CausVid(student, SCHEDULE, timesteps, frames_per_block=1)
+    objective = DMD(student, teacher, critic, SCHEDULE, guidance_scale=0.0, timestep_shift=1.0)
     learner, critic_learner = Descent(student, 0.02, steps), Descent(critic, 0.05, steps)
     for _ in range(steps):
         data = MEAN + DEVIATION * draw(source)
-        video = objective.generate(objective.noise_data(data, source), TEXT, source)
+        video = causvid.generate(causvid.noise_data(data, source), TEXT, source)
         learner.step(objective.distribution_matching_loss(video, TEXT, TEXT, source=source)[0])
         critic_learner.step(objective.critic_loss(video, TEXT, source=source)[0])
     gain, offset = (value.mean() for value in teacher.at_noise_level(0.5))

@@ -139,8 +139,8 @@ def test_causvid_simulates_what_it_denoises_at_inference(backend):
     generator = make(CausalWanModel, backend)
     noise, context, _ = inputs()
     steps = [1000.0, 600.0, 0.0]
-    objective = CausVid(generator, generator, generator, SCHEDULE, denoising_steps=steps, frames_per_block=2)
-    states = objective.simulate(noise, context, TorchNoise(0))
+    causvid = CausVid(generator, SCHEDULE, steps, frames_per_block=2)
+    states = causvid.simulate(noise, context, TorchNoise(0))
 
     source, x_t, expected = TorchNoise(0), noise, [noise]
     mask = BlockCausalMask(4, 4, 2)
@@ -154,7 +154,7 @@ def test_causvid_simulates_what_it_denoises_at_inference(backend):
     assert not states.requires_grad
 
     index = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1]])  # of a block the first counts
-    video = objective.generate(states, context, ReplayNoise([index]))
+    video = causvid.generate(states, context, ReplayNoise([index]))
     x_t = torch.stack(
         [torch.cat((states[0, 0, :2], states[0, 1, 2:])), torch.cat((states[1, 2, :2], states[1, 0, 2:]))]
     )
@@ -165,11 +165,10 @@ def test_causvid_simulates_what_it_denoises_at_inference(backend):
 
 
 def test_causvid_does_not_simulate_with_clean_data_in_sight():
-    models = make(CausalWanModel, "reference"), make(WanModel, "reference"), make(WanModel, "reference")
-    objective = CausVid(*models, SCHEDULE, denoising_steps=[1000, 500], teacher_forcing=True)
+    causvid = CausVid(make(CausalWanModel, "reference"), SCHEDULE, [1000, 500], teacher_forcing=True)
     noise, context, _ = inputs()
     with pytest.raises(ValueError, match="teacher_forcing is True, but must be False to simulate"):
-        objective.simulate(noise, context, TorchNoise(0))
+        causvid.simulate(noise, context, TorchNoise(0))
 
 
 def test_ode_regression_on_clean_frames_alone_is_no_loss():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TINY, arguments, assert_same_run, losses
 from video_writing import write_video
 
 from python_ref import evaluate, generate
@@ -17,63 +18,10 @@ from python_ref.checkpoint import load_weights, read_tensors
 from python_ref.config import load_config
 from python_ref.data.video_files import read_video
 from python_ref.demo import main as demo
-from python_ref.metrics import read_metrics
 from python_ref.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("teacher", "causal", "self_forcing")
-TINY = [
-    "threads=1",
-    "precision=fp32",
-    "model.dim=32",
-    "model.num_heads=2",
-    "model.num_layers=2",
-    "model.ffn_dim=64",
-    "model.text_dim=16",
-    "data.moving_digits.num_frames=6",
-    "rollout.denoising_steps=[1000,500]",
-    "teacher.batch_size=4",
-    "teacher.sample_steps=2",
-    "causal.batch_size=4",
-    "self_forcing.batch_size=4",
-    "self_forcing.generator_every=2",
-    "logging.log_every=1",
-    "logging.sample_prompts=2",
-    "logging.tensorboard=false",
-]
-
-
-@pytest.fixture(scope="session")
-def config_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text("stage: teacher\n")
-    return path
-
-
-@pytest.fixture(scope="session")
-def starts(tmp_path_factory, config_file) -> list[str]:
-    """Overrides that let the later stages start from a teacher and a causal model of a few steps."""
-    folder = tmp_path_factory.mktemp("starts")
-    where = [
-        f"output={folder}",
-        f"causal.init={folder}/teacher.safetensors",
-        f"self_forcing.init={folder}/causal.safetensors",
-        f"self_forcing.teacher={folder}/teacher.safetensors",
-    ]
-    steps = ["teacher.steps=20", "causal.steps=4", "teacher.optimizer.warmup_steps=2"]
-    for stage in ("teacher", "causal"):
-        assert train(["--config", str(config_file), *TINY, *where, *steps, f"stage={stage}", "backend=reference"]) == 0
-    return where[1:]
-
-
-def arguments(config_file: Path, starts: list[str], stage: str, output: Path, *more: str) -> list[str]:
-    return ["--config", str(config_file), *TINY, *starts, f"stage={stage}", f"output={output}", *more]
-
-
-def losses(output: Path, stage: str) -> list[dict[str, float]]:
-    """The logged metrics but for the speed, which is not reproducible."""
-    entries = read_metrics(output / "logs" / stage / "metrics.jsonl")
-    return [{name: value for name, value in entry.items() if name != "steps_per_second"} for entry in entries]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -117,18 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(stage, config_file, starts, tmp_p
     assert not (checkpoints / f"step_{steps:08d}").exists()
 
     assert train(arguments(config_file, starts, stage, killed, *options, "resume=true")) == 0
-    final = Path("checkpoints") / stage / f"step_{steps:08d}"
-    names = sorted(path.name for path in (whole / final).iterdir())
-    assert names == sorted(path.name for path in (killed / final).iterdir())
-    assert f"{stage}.safetensors" in os.listdir(killed)
-    assert (whole / final / "state.json").read_bytes() == (killed / final / "state.json").read_bytes()
-    weights = Path(f"{stage}.safetensors")
-    assert (whole / weights).read_bytes() == (killed / weights).read_bytes()
-    # Of the files of a checkpoint the tensors count: the order of the notes in their headers is arbitrary.
-    tensors, others = (read_tensors(next((run / final).glob("*.safetensors"))) for run in (whole, killed))
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
+    assert_same_run(whole, killed, stage, steps)
     assert losses(whole, stage) == losses(killed, stage)
 
 
@@ -181,7 +118,7 @@ def test_training_on_video_files(config_file, tmp_path):
 
 
 def test_generate_and_evaluate(config_file, starts, tmp_path, capsys):
-    causal, teacher = (option.split("=")[1] for option in starts[1:])
+    causal, teacher = (option.split("=")[1] for option in starts[1:3])
     made = tmp_path / "videos"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a 5\n")
@@ -231,7 +168,7 @@ def test_the_demo(config_file, starts, tmp_path, capsys):
         (["teacher.steps=0"], "steps is 0; accepted: above 0"),
         (["teacher"], "override 'teacher' has no value"),
         (["teacher=3"], "teacher is 3; accepted: a section"),
-        (["stage=first"], "stage is 'first'; accepted: 'teacher', 'causal', 'self_forcing'"),
+        (["stage=first"], "stage is 'first'; accepted: 'teacher', 'causal', 'ode'"),
         (["backend=cuda"], "backend is 'cuda'"),
         (["precision=fp8"], "precision is 'fp8'"),
         (["data.moving_digits.num_digits=7"], "num_digits is 7; accepted: 1 or 2"),

@@ -24,12 +24,17 @@ EncodedContext = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values [
 
 
 class WanBackbone(nn.Module):
-    """What the bidirectional and the causal model share: everything but who sees whom."""
+    """What the bidirectional and the causal model share: everything but who sees whom.
+
+    Attributes:
+        checkpoint_layers: recompute each layer in backward, as the argument of the same name does, in every call.
+    """
 
     def __init__(self, config: WanConfig, backend: str = "ext") -> None:
         super().__init__()
         self.config = config
         self.ops = load_backend(backend)
+        self.checkpoint_layers = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         if config.position_grid is not None:
@@ -129,7 +134,7 @@ class WanBackbone(nn.Module):
         encoded = self._encode_context(context) if isinstance(context, Tensor) else context
         for layer, block in enumerate(self.blocks):
             arguments = (x, time, encoded[layer], positions, attend(layer))
-            if checkpoint_layers and torch.is_grad_enabled():
+            if (checkpoint_layers or self.checkpoint_layers) and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = block(*arguments)

@@ -1,5 +1,5 @@
 """CausVid: distribution matching without a rollout. The block-causal student denoises all blocks in one pass, each from
-a noise level of its own; the videos then go through the losses of DMD.
+a noise level of its own; the videos then go through the losses of DMD (or of SiD or GAN, as rollouts do).
 
 Source: CausVid (arXiv 2412.07772), section 4.2 and algorithm 1, for noised data; DMD2 (arXiv 2405.14867), section 4.5,
 for backward simulation, where the student's own outputs are noised instead, so that no data are needed.
@@ -14,29 +14,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from python_ref.models.wan import EncodedContext
+from python_ref.models.wan import CausalWanModel, EncodedContext
 from python_ref.noise import NoiseSource
 from python_ref.objectives.blockwise import Blockwise, per_block, pick_steps
-from python_ref.objectives.dmd import DMD
+from python_ref.schedule import FlowMatchSchedule
 
 
-@dataclass(kw_only=True)
-class CausVid(DMD, Blockwise):
-    """Makes videos for the losses of ``DMD``, whose arguments come first. A step of the generator is
+@dataclass
+class CausVid(Blockwise):
+    """Makes the videos for the losses of an objective such as ``DMD``. A step of the generator is
 
-        states = objective.noise_data(clean, source)  # or objective.simulate(noise, context, source)
-        video = objective.generate(states, context, source)
+        states = causvid.noise_data(clean, source)  # or causvid.simulate(noise, context, source)
+        video = causvid.generate(states, context, source)
         loss, log = objective.distribution_matching_loss(video, context, uncond, source=source)
 
     and one of the critic the same under ``torch.no_grad()``, with ``critic_loss(video, context, source=source)``.
 
     Args:
+        generator: predicts the flow under a mask.
+        schedule: gives the noise levels of the timesteps.
         denoising_steps: falling timesteps, as the generator sees them (see ``FlowMatchSchedule.warp``), at which
             blocks are denoised. The last may be 0, which stands for clean data.
         frames_per_block, first_frame_alone, window_frames, sink_frames: as in ``BlockCausalMask``.
         teacher_forcing: blocks see the clean data before them rather than the noised.
     """
 
+    generator: CausalWanModel
+    schedule: FlowMatchSchedule
     denoising_steps: Sequence[float] | Tensor
     frames_per_block: int = 3
     first_frame_alone: bool = False

@@ -32,12 +32,18 @@ class Rollout:
         timestep_from, timestep_to: uniform timesteps (before ``FlowMatchSchedule.warp``) of the exit step and of the
             step after it (0 after the last), between which the result lies in noise level; None unless all blocks
             exit at the same step.
+        gradient_start: the first frame that has gradient; the number of frames if none has.
+        exit_states: [B, F, C, H, W], what each generated block's exit step denoised.
+        past: [B, F_given + F, C, H, W], what later blocks had in sight of each block: its frames with context noise.
     """
 
     video: Tensor
     exit_steps: tuple[int, ...]
     timestep_from: int | None
     timestep_to: int | None
+    gradient_start: int
+    exit_states: Tensor
+    past: Tensor
 
 
 class SelfForcingTrainingPipeline:
@@ -108,6 +114,7 @@ class SelfForcingTrainingPipeline:
         context: Tensor,  # [B, text_len, text_dim]
         source: NoiseSource,
         initial_latents: Tensor | None = None,  # [B, F_given, C, H, W]
+        cache: Any = None,
     ) -> Rollout:
         """Generates videos from noise. Call it under ``torch.no_grad()`` for videos that need no gradient.
 
@@ -117,37 +124,65 @@ class SelfForcingTrainingPipeline:
             source: draws the exit steps (one integer per block, whether used or not), then for each block the noise
                 between its denoising steps and the context noise.
             initial_latents: clean frames that the video continues, an image for instance.
+            cache: of the blocks before the first, which the rollout continues. It takes all new blocks, the last one
+                too, so that another rollout can go on from there. None: one of the rollout's own.
 
         Raises:
-            ValueError: frames that do not fill blocks, or shapes that do not fit each other.
+            ValueError: frames that do not fill blocks, shapes that do not fit each other, or given frames after cached
+                ones.
         """
+        continues = cache is not None
+        start = cache.num_frames if continues else 0
+        if start and initial_latents is not None:
+            raise ValueError(f"initial_latents are given, but the cache holds {start} frames already")
         plan = plan_blocks(
-            noise.shape[1], self.frames_per_block, self.first_frame_alone, given_frames_of(initial_latents, noise)
+            noise.shape[1],
+            self.frames_per_block,
+            self.first_frame_alone and start == 0,
+            given_frames_of(initial_latents, noise),
         )
         exit_steps = self._draw_exit_steps(len(plan.generated), source, noise.device)
-        options = {} if self.cache_gradient == "constant" else {"grad_through_cache": True}
-        cache = self.generator.make_cache(noise.shape, plan.num_frames, self.window_frames, self.sink_frames, **options)
+        if not continues:
+            cache = self.make_cache(noise.shape, plan.num_frames)
         encoded = self.generator.encode_context(context)
 
-        blocks = []
+        blocks, past, exit_states = [], [], []
+        gradient_start = plan.num_frames
         if initial_latents is not None:
             with torch.no_grad(), nvtx.annotate("selfforcing.given_frames"):
                 for frames in initial_latents.to(noise.dtype).split(plan.given, dim=1):
                     self.generator(frames, frames.new_zeros(frames.shape[:2]), encoded, cache=cache, commit=True)
                     blocks.append(frames)
+                    past.append(frames)
         for index, x_t in enumerate(noise.split(plan.generated, dim=1)):
-            wants_gradient = torch.is_grad_enabled() and cache.num_frames >= plan.num_frames - self.gradient_frames
+            frame = sum(block.shape[1] for block in blocks)
+            wants_gradient = torch.is_grad_enabled() and frame >= plan.num_frames - self.gradient_frames
+            gradient_start = min(gradient_start, frame) if wants_gradient else gradient_start
             x_t = self._denoise_until(exit_steps[index], x_t, encoded, cache, source)
             with torch.set_grad_enabled(wants_gradient), nvtx.annotate("selfforcing.exit_step"):
                 keeps_block = self.cache_gradient == "exit_step"
                 access = _CacheAccess(cache, keeps_block) if wants_gradient else cache
                 x0 = self._predict_x0(exit_steps[index], x_t, encoded, access)
             blocks.append(x0)
-            context_noise = source.randn(x0.shape, x0.dtype, x0.device)
-            if index + 1 < len(plan.generated):
-                with torch.set_grad_enabled(wants_gradient and self.cache_gradient == "full"):
-                    self._write_clean_block(x0, context_noise, encoded, cache, access)
-        return Rollout(torch.cat(blocks, dim=1), exit_steps, *self._noise_levels(exit_steps))
+            exit_states.append(x_t)
+            with torch.set_grad_enabled(wants_gradient and self.cache_gradient == "full"):
+                clean = self._add_context_noise(x0, source)
+                if continues or index + 1 < len(plan.generated):
+                    self._write_clean_block(clean, encoded, cache, access)
+            past.append(clean.detach())
+        return Rollout(
+            torch.cat(blocks, dim=1),
+            exit_steps,
+            *self._noise_levels(exit_steps),
+            gradient_start,
+            torch.cat(exit_states, dim=1),
+            torch.cat(past, dim=1),
+        )
+
+    def make_cache(self, latents: Sequence[int], max_frames: int | None) -> Any:
+        """An empty cache for videos of shape [B, F, C, H, W] of up to ``max_frames`` frames."""
+        options = {} if self.cache_gradient == "constant" else {"grad_through_cache": True}
+        return self.generator.make_cache(latents, max_frames, self.window_frames, self.sink_frames, **options)
 
     def _draw_exit_steps(self, num_blocks: int, source: NoiseSource, device: torch.device) -> tuple[int, ...]:
         drawn = source.randint(0, len(self.timesteps), (num_blocks,), device).tolist()
@@ -183,19 +218,29 @@ class SelfForcingTrainingPipeline:
         )
         return self.generator.ops.denoise_step(flow, x_t, self._per_frame(self.sigmas, step, x_t))[0]
 
-    def _write_clean_block(
-        self, x0: Tensor, noise: Tensor, encoded: EncodedContext, cache: Any, exit_access: Any
-    ) -> None:
+    def _add_context_noise(self, x0: Tensor, source: NoiseSource) -> Tensor:
+        sigma = self.schedule.sigma_at(self._context_t(x0))
+        return self.generator.ops.add_noise(x0, source.randn(x0.shape, x0.dtype, x0.device), sigma)
+
+    def _context_t(self, x0: Tensor) -> Tensor:  # [B, F]
+        return x0.new_full(x0.shape[:2], self.context_noise, dtype=torch.float32)
+
+    def _write_clean_block(self, clean: Tensor, encoded: EncodedContext, cache: Any, exit_access: Any) -> None:
         """Runs a finished block through the generator once more, to cache its keys and values."""
-        t = x0.new_full(x0.shape[:2], self.context_noise, dtype=torch.float32)
         access = cache
         if isinstance(exit_access, _CacheAccess) and exit_access.keeps_block:
             access = _CacheAccess(cache, grad_to=exit_access.block)
         elif torch.is_grad_enabled():
             access = _CacheAccess(cache)
         with nvtx.annotate("selfforcing.clean_pass"):
-            noised = self.generator.ops.add_noise(x0, noise, self.schedule.sigma_at(t))
-            self.generator(noised, t, encoded, cache=access, commit=True, checkpoint_layers=self.checkpoint_activations)
+            self.generator(
+                clean,
+                self._context_t(clean),
+                encoded,
+                cache=access,
+                commit=True,
+                checkpoint_layers=self.checkpoint_activations,
+            )
 
     def _noise_levels(self, exit_steps: tuple[int, ...]) -> tuple[int | None, int | None]:
         if not (self.same_step_across_blocks or self.last_step_only):

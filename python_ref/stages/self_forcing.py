@@ -1,7 +1,8 @@
-"""Stage three: the causal model learns from its own rollouts (Self-Forcing, arXiv 2506.08009, algorithm 1).
+"""Stage three: the causal model learns from its own videos (Self-Forcing, arXiv 2506.08009, algorithm 1).
 
-The generator makes videos exactly as inference does; distribution matching (DMD) pulls their distribution towards the
-teacher's, with a critic that follows the generator (DMD2, arXiv 2405.14867). No real video is needed, captions are.
+The generator makes videos (`python_ref.stages.clips`), by default exactly as inference does; distribution matching
+(`python_ref.stages.matching`) pulls their distribution towards the teacher's or the data's, with a critic that follows
+the generator (DMD2, arXiv 2405.14867).
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from python_ref.distributed import distribute
 from python_ref.generation import generate_causal
 from python_ref.learning import Learner, update_average
 from python_ref.models.captioned import CaptionedModel
-from python_ref.noise import NoiseSource
-from python_ref.objectives.dmd import DMD
-from python_ref.pipelines.training import SelfForcingTrainingPipeline
+from python_ref.objectives.score_noise import constant_weights
 from python_ref.precision import network_precision
 from python_ref.randomness import derived_generator
+from python_ref.stages.clips import Batch, make_clips
+from python_ref.stages.matching import make_matching
 
 
 class SelfForcingStage:
@@ -31,39 +32,18 @@ class SelfForcingStage:
     def __init__(self, config: Config, source: TrainingSource) -> None:
         self.config, self.settings, self.source = config, config.self_forcing, source
         self.total_steps = self.settings.steps
-        rollout = config.rollout
         self.network = CaptionedModel.load(self.settings.init, causal=True, backend=config.backend, embed=source.embed)
-        self.network.settings["rollout"] = asdict(rollout)
+        self.network.settings["rollout"] = asdict(config.rollout)
         self.network.text.requires_grad_(False)
-        self.teacher = CaptionedModel.load(self.settings.teacher, causal=False, backend=config.backend).frozen()
-        self.critic = CaptionedModel.load(self.settings.teacher, causal=False, backend=config.backend).model
+        self.network.model.checkpoint_layers = config.checkpoint_activations
         self.average = self.network.average_copy()
-        distribute(config.distributed, self.network, self.teacher, self.critic, self.average)
-        schedule = self.network.schedule()
-        self.pipeline = SelfForcingTrainingPipeline(
-            self.network.model,
-            schedule,
-            schedule.warp(rollout.denoising_steps),
-            rollout.frames_per_block,
-            same_step_across_blocks=self.settings.same_step_across_blocks,
-            last_step_only=self.settings.last_step_only,
-            context_noise=rollout.context_noise,
-            gradient_frames=source.num_frames,
-            window_frames=rollout.window_frames,
-            sink_frames=rollout.sink_frames,
-            cache_gradient=self.settings.cache_gradient,
-        )
-        self.objective = DMD(
-            self.network.model,
-            self.teacher.model,
-            self.critic,
-            schedule,
-            guidance_scale=self.settings.guidance_scale,
-            timestep_shift=config.flow.shift,
-        )
+        self.clips = make_clips(config, self.network, source.share)
+        self.matching = make_matching(config, self.network)
+        distribute(config.distributed, self.network, *self.matching.networks, self.average)
         self.learner = Learner(self.network.model, self.settings.generator, self.generator_updates(self.total_steps))
-        self.critic_learner = Learner(self.critic, self.settings.critic, self.total_steps)
-        self.modules = {"model": self.network, "critic": self.critic, "average": self.average}
+        self.critic_learner = Learner(self.matching.critic, self.settings.critic, self.total_steps)
+        own = {"model": self.network, "critic": self.matching.critic, "average": self.average}
+        self.modules = {**own, **self.clips.modules}
         self.optimizers = {"model": self.learner.optimizer, "critic": self.critic_learner.optimizer}
 
     def generator_updates(self, steps: int) -> int:
@@ -71,49 +51,62 @@ class SelfForcingStage:
         return -(-steps // self.settings.generator_every)
 
     def train_step(self, step: int) -> dict[str, float]:
-        source = self.source.share.noise(derived_generator(self.config.seed, self.name, "step", step))
-        size = self.settings.batch_size
-        captions = self.source.captions_of_part(step * size, size)
-        with network_precision(self.config.precision):
-            context, uncond = self.network.contexts(captions)
+        batches = [self._batch(step, part) for part in range(self.settings.accumulate)]
         metrics: dict[str, float] = {}
         if step % self.settings.generator_every == 0:
-            metrics |= self._train_generator(self.generator_updates(step), context, uncond, source)
-        return metrics | self._train_critic(step, context, source)
+            metrics |= self._train_generator(self.generator_updates(step), batches)
+        return metrics | self._train_critic(step, batches)
 
-    def _train_generator(self, update: int, context: Tensor, uncond: Tensor, source: NoiseSource) -> dict[str, float]:
+    def _batch(self, step: int, part: int) -> Batch:
+        generator = derived_generator(self.config.seed, self.name, "step", step * self.settings.accumulate + part)
+        size = self.settings.batch_size
+        first = self.clips.batch_number(step, part) * size
         with network_precision(self.config.precision):
-            result = self.pipeline.rollout(self._noise(context, source), context, source)
-            loss, log = self.objective.distribution_matching_loss(
-                result.video,
-                context,
-                uncond,
-                timestep_from=result.timestep_from,
-                timestep_to=result.timestep_to,
-                source=source,
-            )
-        loss.backward()
+            context, uncond = self.network.contexts(self.source.captions_of_part(first, size))
+        return Batch(
+            step, lambda: self.source.part(first, size)[0], context, uncond, self.source.share.noise(generator)
+        )
+
+    def _train_generator(self, update: int, batches: Sequence[Batch]) -> dict[str, float]:
+        metrics = MeanMetrics(len(batches))
+        for batch in batches:
+            with constant_weights(self.matching.critic):  # in backward too, where activations may be recomputed
+                with network_precision(self.config.precision):
+                    loss, log = self.matching.generator_loss(self.clips(batch), batch)
+                (loss / len(batches)).backward()
+            metrics.add({"generator_loss": loss, **log})
         learned = self.learner.step(update)
         update_average(self.average, self.network, self.settings.ema_decay, update)
-        return {
-            "generator_loss": loss.item(),
-            "dmd_gradient": log["gradient_norm"].item(),
-            "generator_grad_norm": learned["grad_norm"],
-            "generator_lr": learned["lr"],
-        }
+        return metrics.means | {"generator_grad_norm": learned["grad_norm"], "generator_lr": learned["lr"]}
 
-    def _train_critic(self, step: int, context: Tensor, source: NoiseSource) -> dict[str, float]:
-        with network_precision(self.config.precision):
-            with torch.no_grad():
-                video = self.pipeline.rollout(self._noise(context, source), context, source).video
-            loss, _ = self.objective.critic_loss(video, context, source=source)
-        loss.backward()
+    def _train_critic(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        metrics = MeanMetrics(len(batches))
+        for batch in batches:
+            with network_precision(self.config.precision):
+                with torch.no_grad():
+                    clip = self.clips(batch)
+                loss, log = self.matching.critic_loss(clip, batch)
+            (loss / len(batches)).backward()
+            metrics.add({"critic_loss": loss, **{f"critic_{name}": value for name, value in log.items()}})
         learned = self.critic_learner.step(step)
-        return {"critic_loss": loss.item(), "critic_grad_norm": learned["grad_norm"], "critic_lr": learned["lr"]}
-
-    def _noise(self, context: Tensor, source: NoiseSource) -> Tensor:
-        return source.randn(self.network.latent_shape(len(context)), torch.float32, context.device)
+        return metrics.means | {"critic_grad_norm": learned["grad_norm"], "critic_lr": learned["lr"]}
 
     def sample(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
-        frames = self.average.settings["num_frames"]
-        return generate_causal(self.average, captions, frames, self.config.rollout, generator, self.config.precision)
+        """Of captions; with given frames, which belong to the captions of the data, those of the data count."""
+        rollout, given = self.config.rollout, self.settings.given_frames
+        frames = rollout.frames_within(self.average.settings["num_frames"], given)
+        initial = self.source.batch(0, len(captions))[0][:, :given] if given else None
+        return generate_causal(self.average, captions, frames, rollout, generator, self.config.precision, initial)
+
+
+class MeanMetrics:
+    """Means over the parts of an accumulated step, of all that is one number."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.means: dict[str, float] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if value.dim() == 0:
+                self.means[name] = self.means.get(name, 0.0) + value.item() / self.parts

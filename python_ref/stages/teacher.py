@@ -11,10 +11,10 @@ from python_ref.data.source import TrainingSource
 from python_ref.generation import generate_bidirectional
 from python_ref.models.captioned import CaptionedModel
 from python_ref.objectives.diffusion import TeacherFlowMatching
-from python_ref.stages.real_videos import RealVideoStage
+from python_ref.stages.examples import ExamplesStage
 
 
-class TeacherStage(RealVideoStage):
+class TeacherStage(ExamplesStage):
     """Model and text encoder are trained together; see `python_ref.stages.Stage` for the parts."""
 
     name = "teacher"
@@ -30,8 +30,8 @@ class TeacherStage(RealVideoStage):
             "frame_size": source.frame_size,
         }
         network = CaptionedModel(model_settings, causal=False, backend=config.backend, embed=source.embed)
-        objective = TeacherFlowMatching(network.model, network.schedule(), weighted=False)
-        super().__init__(config, config.teacher, source, network, objective)
+        super().__init__(config, config.teacher, source, network)
+        self.objective = TeacherFlowMatching(network.model, network.schedule(), weighted=False)
 
     def sample(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
         settings = self.config.teacher
