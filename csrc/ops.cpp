@@ -36,10 +36,11 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
   // change the page table of the cache with this handle and bring the tensors that say where things are up to date; pin
   // copies these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.
   m.def(
-      "kv_cache_reserve(Tensor(a!) page_table, Tensor(b!) past_spans, Tensor(c!) write_start, Tensor handle, int "
-      "layer, "
+      "kv_cache_reserve(Tensor(a!) page_table, Tensor(b!) past_spans, Tensor(c!) write_start, "
+      "Tensor(d!) rope_position, Tensor handle, int layer, int num_frames) -> ()");
+  m.def(
+      "kv_cache_commit(Tensor(a!) past_spans, Tensor(b!) position, Tensor(c!) rope_position, Tensor handle, "
       "int num_frames) -> ()");
-  m.def("kv_cache_commit(Tensor(a!) past_spans, Tensor(b!) position, Tensor handle, int num_frames) -> ()");
   m.def("kv_cache_pin(Tensor page_table, Tensor past_spans, Tensor handle) -> (Tensor page_table, Tensor past_spans)");
   m.def("kv_cache_position(Tensor position) -> Tensor");
 

@@ -11,7 +11,7 @@ PACKAGES = {"reference": "python_ref.ops", "ext": "selfforcing_ext"}
 # Both packages keep an op in the module of its name.
 PUBLIC_NAMES = {
     "attention": ("block_causal_attention",),
-    "kv_cache": ("PagedKVCache",),
+    "kv_cache": ("PagedKVCache", "PagePool"),
     "rope": ("rope_3d", "qk_norm_rope"),
     "denoise": ("denoise_step", "guided_denoise_step", "add_noise", "dmd_gradient"),
     "modulate": ("modulated_layer_norm", "gated_residual"),

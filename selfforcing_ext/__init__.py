@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from selfforcing_ext.kv_cache import PagedKVCache
     from selfforcing_ext.mask import BlockCausalMask
     from selfforcing_ext.modulate import gated_residual, modulated_layer_norm
+    from selfforcing_ext.page_pool import PagePool, PoolStats
     from selfforcing_ext.rope import qk_norm_rope, rope_3d
+    from selfforcing_ext.stream import Stream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockCausalMask",
+    "PagePool",
     "PagedKVCache",
+    "PoolStats",
+    "Stream",
     "add_noise",
     "block_causal_attention",
     "denoise_step",
@@ -35,7 +40,10 @@ __all__ = [
 
 _MODULE_OF = {
     "BlockCausalMask": "mask",
+    "PagePool": "page_pool",
     "PagedKVCache": "kv_cache",
+    "PoolStats": "page_pool",
+    "Stream": "stream",
     "add_noise": "denoise",
     "block_causal_attention": "attention",
     "denoise_step": "denoise",

@@ -1,9 +1,10 @@
 """The keys and values of past blocks, in pages that are recycled when their frames leave the window.
 
-A pool per layer holds pages of ``page_size`` tokens. The page table (csrc/geometry/page_table.h) says which pages hold
-which frames of which stream; it lives on the host and changes twice per block, when the block's first layer writes and
-when the block is committed. Where things are reaches the kernels as small int32 tensors on the device, updated in
-place, so that a captured or compiled graph replays with new positions. Eviction moves no keys or values.
+A cache is a batch of streams (selfforcing_ext/stream.py) of one pool of pages (page_pool.py). The page table
+(csrc/geometry/page_table.h) says which pages hold which tokens of which stream; it lives on the host and changes twice
+per block, when the block's first layer writes and when the block is committed. Where things are reaches the kernels as
+small int32 tensors on the device, updated in place, so that a captured or compiled graph replays with new positions.
+Eviction moves no keys or values.
 
 Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pages as in PagedAttention (arXiv
 2309.06180); sink frames as in StreamingLLM (arXiv 2309.17453).
@@ -11,32 +12,43 @@ Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pa
 
 from __future__ import annotations
 
-import itertools
-import os
-import weakref
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from selfforcing_ext.attention import Past, attention_over_spans, full_table, op_inputs, span_records
-from selfforcing_ext.checks import FLOAT_DTYPES, check_head_dim, check_heads, dtype_name
-from selfforcing_ext.library import PageTable, nvtx_range, ops
-from selfforcing_ext.mask import check_window
+from selfforcing_ext import intervals, kv_cache_ops
+from selfforcing_ext.attention import attention_over_spans, full_table, op_inputs
+from selfforcing_ext.cache_gradient import CacheGradient, PastGradient
+from selfforcing_ext.checks import check_heads, dtype_name
+from selfforcing_ext.intervals import Interval
+from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.mask import check_window, visible_past_of_many
+from selfforcing_ext.page_pool import LayerPages, PagePool
+from selfforcing_ext.rope import rope_3d, rope_table
+from selfforcing_ext.stream import Stream
 
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
+ROPE_MODES = ("on_write", "on_read")
+NO_WINDOW = 1 << 40  # frames that move through a window that has no end
 
-# Caches by handle, for the ops that a compiled graph calls. They take the handle as a tensor on the CPU: its value does
-# not tie a graph to one cache, and CUDA graphs leave out a graph with such an input, as they must (these ops run on the
-# host). They start anywhere, so that a program exported by another process finds no cache rather than a wrong one.
-_caches: weakref.WeakValueDictionary[int, PagedKVCache] = weakref.WeakValueDictionary()
-_handles = itertools.count(int.from_bytes(os.urandom(7), "big"))
+
+@dataclass
+class _Block:
+    """A block that is not committed."""
+
+    num_frames: int
+    written: set[int] = field(default_factory=set)  # layers so far
 
 
 class PagedKVCache:
-    """Keys and values of the frames before the current block.
+    """Keys and values of the frames before the current block, for a batch of videos.
 
     Args:
         num_layers: attention layers that share the cache's positions.
@@ -52,16 +64,28 @@ class PagedKVCache:
         page_size: tokens per page, any number. None: 64.
         dtype: float32, bfloat16 or float16.
         device: of the keys and values.
-        grad_through_cache: not supported yet; the past is constant to autograd.
+        grad_through_cache: gradient flows from ``attend`` into the keys and values that were written. Otherwise the
+            past is constant to autograd.
+        rope: "on_write": q and k come with their rotary embedding. "on_read": they come without, and the visible past
+            is rotated inside the attention kernel with positions counted from its first frame (sink first), so that an
+            endless rollout never leaves the positions of a window.
+        rope_grid: with "on_read": (rows, columns) of the tokens of a frame.
+        past_bias: (sink, past, own block), added to the scaled scores of their keys; may be set again between blocks.
+        quantization, key_offset: see ``PagePool``.
 
     Autograd: gradient flows to q and to the block's own k and v, whenever backward runs: pages that a recorded
     ``attend`` has read are not recycled before its backward is done or its graph is gone (the pool grows instead).
     Code that runs an ``attend`` again later, such as activation checkpointing, must call it on a ``view()`` taken at
     the block.
 
+    Blocks are numbered from the first that is not committed (0). Usually that is the only one; several may be denoised
+    in a cascade: ``write(..., block=1)`` stages the keys and values of the block after it, which
+    ``attend(..., block=2)`` reads and a later write replaces.
+
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: a number out of range, or a window that holds less than the sink and a frame.
+        ValueError: a number out of range, a window that holds less than the sink and a frame, or options that do not go
+            together.
     """
 
     def __init__(
@@ -78,81 +102,165 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         grad_through_cache: bool = False,
+        rope: str = "on_write",
+        rope_grid: tuple[int, int] | None = None,
+        past_bias: tuple[float, float, float] | None = None,
+        quantization: str | None = None,
+        key_offset: Tensor | None = None,
     ) -> None:
         page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
-        sizes = {"num_layers": num_layers, "num_heads": num_heads, "frame_seqlen": frame_seqlen}
-        sizes |= {"batch_size": batch_size, "page_size": page_size}
+        sizes = {"batch_size": batch_size, "page_size": page_size, "frame_seqlen": frame_seqlen}
         sizes |= {"max_frames": max_frames} if max_frames is not None else {}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
-        if sink_frames < 0:
-            raise ValueError(f"sink_frames is {sink_frames}, but must be at least 0")
-        check_head_dim("head_dim", head_dim)
         check_window(window_frames, sink_frames, frames_per_block=1)
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype is {dtype_name(dtype)}, but must be float32, bfloat16 or float16")
-        if grad_through_cache:
-            raise ValueError("grad_through_cache is True, which is not supported yet: the past is constant to autograd")
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.frame_seqlen = frame_seqlen
-        self.batch_size = batch_size
-        self.window_frames = window_frames
-        self.sink_frames = sink_frames
-        self.max_frames = max_frames
-        self.page_size = page_size
-        self.dtype = dtype
-        self.device = torch.empty(0, device=device).device  # with its index
-        self.grad_through_cache = grad_through_cache
-        handle = next(_handles)
-        self._handle = _on_host([handle], torch.int64)
-        _caches[handle] = self
+        row_pages = _row_pages(page_size, frame_seqlen, window_frames, sink_frames, max_frames)
+        shape = (num_layers, num_heads, head_dim, dtype, device, quantization, key_offset, grad_through_cache)
+        pool = PagePool(batch_size * row_pages, page_size, *shape)
+        streams = [Stream(pool, frame_seqlen, window_frames, sink_frames, max_frames) for _ in range(batch_size)]
+        self._set_up(streams, rope, rope_grid, past_bias, pool_may_grow=True)
 
-        self._table = PageTable(batch_size, page_size, sink_frames * frame_seqlen)
-        self._num_frames = 0
-        self._pending_frames = 0  # of the block that is being written
-        self._written: set[int] = set()  # its layers so far
+    @classmethod
+    def of_streams(
+        cls,
+        streams: Sequence[Stream],
+        rope: str = "on_write",
+        rope_grid: tuple[int, int] | None = None,
+        past_bias: tuple[float, float, float] | None = None,
+    ) -> PagedKVCache:
+        """Streams of one pool as a batch, each with its own length, window and position.
+
+        The streams may join other batches between blocks. The pool does not grow.
+
+        Raises:
+            ValueError: no streams, one that is closed or comes twice, or pools or frame_seqlen that differ; or options
+                that do not go together.
+        """
+        cache = cls.__new__(cls)
+        cache._set_up(list(streams), rope, rope_grid, past_bias, pool_may_grow=False)
+        return cache
+
+    def _set_up(
+        self,
+        streams: list[Stream],
+        rope: str,
+        rope_grid: tuple[int, int] | None,
+        past_bias: tuple[float, float, float] | None,
+        pool_may_grow: bool,
+    ) -> None:
+        _check_streams(streams)
+        self.streams = streams
+        self.pool = pool = streams[0].pool
+        self.frame_seqlen = streams[0].frame_seqlen
+        _check_rope(rope, rope_grid, self.frame_seqlen)
+        self.rope, self.rope_grid = rope, rope_grid
+        self.num_layers, self.num_heads, self.head_dim = pool.num_layers, pool.num_heads, pool.head_dim
+        self.batch_size = len(streams)
+        self.page_size, self.dtype, self.device = pool.page_size, pool.dtype, pool.device
+        self.grad_through_cache = pool.grad_through_cache
+        self._pool_may_grow = pool_may_grow
+        self._past_bias = _checked_bias(past_bias)
+        self._numbers = [stream._number for stream in streams]
+        # Each stream's window and sink once, and how long a block they allow: None, if any.
+        self._windows = sorted(
+            {(stream.window_frames, stream.sink_frames) for stream in streams}, key=lambda w: (w[0] is None, w)
+        )
+        moving = [window - sink for window, sink in self._windows if window is not None]
+        self._longest_block = min(moving, default=None)
+        self._limited = [stream for stream in streams if stream.max_frames is not None]
+        self._blocks: list[_Block] = []
+        self._read_blocks: set[int] = set()  # of these, those that a view reads as they are now
         self._view: KVCacheView | None = None  # of the current block, while autograd records
+        self._gradient = CacheGradient(pool) if self.grad_through_cache else None
 
-        self._k_pages: list[Tensor] = []  # per layer [P, page_size, H_kv, D]
-        self._v_pages: list[Tensor] = []
-        # The same memory as autograd saves it, with version counters of its own. Autograd would take every write for a
-        # change of what it saved; but pages that a recorded attend reads are pinned and not written.
-        self._saved_k_pages: list[Tensor] = []
-        self._saved_v_pages: list[Tensor] = []
-        row_pages = self._row_pages()
-        self._page_table = torch.zeros(batch_size, row_pages, dtype=torch.int32, device=device)
-        self._write_start = torch.zeros(batch_size, dtype=torch.int32, device=device)
         # Every block length has its own visible past. A window admits a few lengths; without one all see the same.
-        block_lengths = 1 if window_frames is None else window_frames - sink_frames
-        self._past_spans = torch.zeros(block_lengths, batch_size, 1, 2, 4, dtype=torch.int32, device=device)
-        self._position = torch.zeros(1, dtype=torch.int32, device=device)
-        self._grow(batch_size * row_pages)
+        self._lengths = np.arange(1, (self._longest_block or 1) + 1)
+        self._sinks = np.array([stream.sink_frames for stream in streams])
+        self._moving = np.array(
+            [NO_WINDOW if s.window_frames is None else s.window_frames - s.sink_frames for s in streams]
+        )
+        self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by later block and its length
+        longest = max(
+            _row_pages(pool.page_size, s.frame_seqlen, s.window_frames, s.sink_frames, s.max_frames, s.rollback_frames)
+            for s in streams
+        )
+        lengths, batch = len(self._lengths), self.batch_size
+        self._page_table = torch.zeros(batch, longest, dtype=torch.int32, device=self.device)
+        self._past_spans = torch.zeros(lengths, batch, 1, 2, 4, dtype=torch.int32, device=self.device)
+        self._write_start = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._position = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._rope_position = torch.zeros(lengths, batch, dtype=torch.int32, device=self.device)
+        self._rope_table: Tensor | None = None
+        self._rope_frames = 0
+        self._handle = kv_cache_ops.register(self)
+        for stream in streams:
+            stream._batches.add(self)
+        self.refresh()
+
+    # ---- What it holds
 
     @property
     def num_frames(self) -> int:
-        """Committed frames."""
-        return self._num_frames
+        """Committed frames. ValueError if the streams have different numbers."""
+        value: int = self._common("num_frames")
+        return value
+
+    @property
+    def window_frames(self) -> int | None:
+        """Of all streams; ValueError if they differ, as for the two below."""
+        value: int | None = self._common("window_frames")
+        return value
+
+    @property
+    def sink_frames(self) -> int:
+        value: int = self._common("sink_frames")
+        return value
+
+    @property
+    def max_frames(self) -> int | None:
+        value: int | None = self._common("max_frames")
+        return value
+
+    def _common(self, name: str) -> Any:
+        values = [getattr(stream, name) for stream in self.streams]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} differs among the streams of the cache: {values}")
+        return values[0]
 
     @property
     def position(self) -> Tensor:
-        """``num_frames`` as an int32 tensor [1] on the device: the start frame for rope_3d. Updated in place, so that
-        graphs replay with new positions; while autograd records, a copy that stays as it is."""
+        """The number of committed frames as an int32 tensor [B] on the device: the start frames for rope_3d. Updated in
+        place, so that graphs replay with new positions; while autograd records, a copy that stays as it is."""
         if torch.compiler.is_compiling():
-            return _copy_of_position(self._position)
+            return kv_cache_ops.copy_of_position(self._position)
         return self._current_view().position if torch.is_grad_enabled() else self._position
 
     @property
     def visible_frames(self) -> int:
-        """Committed frames that are kept."""
-        return self._num_frames if self.window_frames is None else min(self._num_frames, self.window_frames)
+        """Committed frames that some head may still see, of the stream that has most."""
+        return max(stream.visible_frames for stream in self.streams)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pools."""
-        return sum(pages.nbytes for pages in (*self._k_pages, *self._v_pages))
+        """Bytes of the pool."""
+        return self.pool.nbytes
+
+    @property
+    def past_bias(self) -> tuple[float, float, float]:
+        """(sink, past, own block), given so that the own block's is 0: only differences matter."""
+        return self._past_bias
+
+    @past_bias.setter
+    def past_bias(self, bias: tuple[float, float, float] | None) -> None:
+        self._past_bias = _checked_bias(bias)
+        self.refresh()
+
+    @property
+    def has_uncommitted_blocks(self) -> bool:
+        return bool(self._blocks)
+
+    # ---- Reading and writing
 
     @nvtx_range("kv_cache.attend")
     def attend(
@@ -162,30 +270,47 @@ class PagedKVCache:
         k: Tensor,  # [B, L, H_kv, D]
         v: Tensor,  # [B, L, H_kv, D]
         softmax_scale: float | None = None,
+        block: int = 0,
     ) -> Tensor:  # [B, L, H, D]
-        """Attention of the next block over the visible past and the block's own k and v. Writes nothing.
+        """Attention of a block over the visible past and the block's own k and v. Writes nothing.
 
-        The block holds L / frame_seqlen frames from frame ``num_frames`` on; all its queries see the same keys.
-        Differentiable in q, k and v. Under autocast they are cast as scaled_dot_product_attention casts them.
+        The block holds L / frame_seqlen frames from frame ``num_frames`` on (later with ``block`` > 0); all its queries
+        see the same keys. Differentiable in q, k and v. Under autocast they are cast as scaled_dot_product_attention
+        casts them.
+
+        Args:
+            layer: which layer.
+            q, k, v: of the block. With rope="on_read" q and k are not rotated.
+            softmax_scale: factor on q.k; None: D ** -0.5.
+            block: number of the block among those that are not committed. It sees those before it as they were written
+                last.
 
         Raises:
             TypeError: a dtype that is not the cache's.
-            ValueError: a shape or device that is not the cache's, tokens that are no whole frames, or a block that is
-                too long for the window or for ``max_frames``.
+            ValueError: a shape or device that is not the cache's, tokens that are no whole frames, a block that is too
+                long for the window or for ``max_frames``, or one before it that this layer has not written.
         """
         q, k, v = op_inputs(q=q, k=k, v=v)
         num_frames = self._check_block(layer, k, v)
         self._check_query(q, k)
-        if not torch.compiler.is_compiling():
-            self._check_turn("q", num_frames)
-        if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
-            pages = self._k_pages[layer], self._v_pages[layer], self._page_table
-            return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, self._past_spans))
-        if not torch.compiler.is_compiling():
-            return self._current_view().attend(layer, q, k, v, softmax_scale)
-        page_table, past_spans = self._snapshot()
-        pages = self._saved_k_pages[layer], self._saved_v_pages[layer], page_table
-        return _attend(q, k, v, softmax_scale, *pages, self._spans_of(num_frames, past_spans))
+        recorded = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or self._gradient is not None
+        )
+        page_table, past_spans, rope_position = self._page_table, self._past_spans, self._rope_position
+        if torch.compiler.is_compiling():
+            self._check_compiled(block)
+            if recorded:
+                page_table, past_spans = kv_cache_ops.pin(self)
+        else:
+            self._check_turn("q", num_frames, block, layer)
+            if recorded:
+                return self._current_view(block).attend(layer, q, k, v, softmax_scale)
+        if block:
+            spans, start = self.where_of_staged(block, num_frames)
+        else:
+            spans, start = self._at_length(past_spans, num_frames), self._at_length(rope_position, num_frames)
+        layers = self.pool.saved_layers if recorded else self.pool.layers
+        return self.attend_past(layer, q, k, v, softmax_scale, layers, page_table, spans, start)
 
     @nvtx_range("kv_cache.write")
     def write(
@@ -194,47 +319,74 @@ class PagedKVCache:
         k: Tensor,  # [B, L, H_kv, D]
         v: Tensor,  # [B, L, H_kv, D]
         grad_to: tuple[Tensor, Tensor] | None = None,
+        block: int = 0,
     ) -> None:
-        """Takes the next block's clean keys and values of one layer; ``commit`` makes them the past.
-
-        The first layer's write takes the pages for the block, and gives back those whose frames the block and all later
-        ones do not see. Writing a layer again before the commit replaces what it wrote.
+        """Takes a block's keys and values of one layer, in place of those that it wrote before; ``commit`` makes the
+        first block the past.
 
         Args:
             layer: which layer.
-            k, v: keys after rotary embedding, and values.
-            grad_to: needs ``grad_through_cache``, which is not supported yet.
+            k, v: keys after rotary embedding (with rope="on_read" before), and values.
+            grad_to: keys and values of the same shapes that receive the gradient in place of k and v, also when
+                written under ``torch.no_grad()``. Needs ``grad_through_cache``.
+            block: number of the block among those that are not committed.
 
         Raises:
             TypeError, ValueError: as ``attend``; and a block of another length than the layers before have written. The
                 cache is unchanged then.
+            RuntimeError: the pool has too few free pages. The cache is unchanged then.
         """
-        if grad_to is not None:
+        if grad_to is not None and self._gradient is None:
             raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
         k, v = op_inputs(k=k, v=v)
         num_frames = self._check_block(layer, k, v)
+        if torch.compiler.is_compiling():
+            self._check_compiled(block)
+            kv_cache_ops.reserve(self, layer, num_frames)
+            write_start = self._write_start
+        else:
+            if self._gradient is not None:
+                self._gradient.check_write(k, v, grad_to, block)
+            self._take_pages(num_frames, block, layer)
+            write_start = self._write_start if block == 0 else self._write_starts(block)
+        pages = self.pool.layers[layer]
+        offset = None if self.pool.key_offset is None else self.pool.key_offset[layer]
         with torch.no_grad():
-            if torch.compiler.is_compiling():
-                tables = self._page_table, self._past_spans, self._write_start
-                ops.kv_cache_reserve(*tables, self._handle, layer, num_frames)
-            else:
-                self.reserve(num_frames)
-                self._written.add(layer)
-            pages = self._k_pages[layer], self._v_pages[layer]
-            ops.kv_cache_write(*pages, self._page_table, self._write_start, k.detach(), v.detach())
+            ops.kv_cache_write(
+                pages.k_pages,
+                pages.v_pages,
+                self._page_table,
+                write_start,
+                k.detach(),
+                v.detach(),
+                pages.k_scales,
+                pages.v_scales,
+                offset,
+            )
+        if torch.compiler.is_compiling():
+            return
+        self._blocks[block].written.add(layer)
+        if self._gradient is not None:
+            self._gradient.record(layer, k, v, grad_to, self._places_of_block(k.shape[1]))
 
     def commit(self, num_frames: int) -> None:
-        """Makes the written block of ``num_frames`` frames the past.
+        """Makes the first block, of ``num_frames`` frames, the past.
 
         Raises:
-            ValueError: a layer has not written, or not this number of frames. The cache is unchanged then.
+            ValueError: a layer has not written it, or not this number of frames. The cache is unchanged then.
         """
         if torch.compiler.is_compiling():
-            ops.kv_cache_commit(self._past_spans, self._position, self._handle, num_frames)
+            kv_cache_ops.commit(self, num_frames)
         else:
             self._commit(num_frames)
-            self._mirror_spans(self._past_spans)
-            self._position.fill_(self._num_frames)
+            self.refresh()
+
+    def drop(self, block: int = 0) -> None:
+        """Forgets the blocks that are not committed, from this one on."""
+        if block < len(self._blocks):
+            self._view = None
+            del self._blocks[block:]
+            self.refresh()
 
     def reserve(self, num_frames: int) -> None:
         """Takes the pages for the next block, as its first write does otherwise. Only needed before a compiled graph
@@ -242,36 +394,30 @@ class PagedKVCache:
 
         Raises:
             ValueError: the block cannot be the next one. The cache is unchanged then.
+            RuntimeError: the pool has too few free pages. The cache is unchanged then.
         """
-        if self._take_pages(num_frames, may_grow=True):
-            self._mirror_pages(self._page_table, self._write_start)
-            self._mirror_spans(self._past_spans)
+        self._take_pages(num_frames, block=0, layer=None)
 
-    def view(self) -> KVCacheView:
-        """What the next block sees now, for reading: later writes do not change it. While the view, or a graph that
-        recorded its ``attend``, is alive, its pages are not recycled."""
-        return KVCacheView(self)
+    def view(self, block: int = 0) -> KVCacheView:
+        """What a block (the next one) sees now, for reading: later writes do not change it. While the view, or a graph
+        that recorded its ``attend``, is alive, its pages are not recycled."""
+        return KVCacheView(self, block)
 
     def reset(self) -> None:
-        """Forgets every frame. The pools keep their size."""
+        """Forgets every frame of every stream. The pool keeps its size."""
         self._view = None
-        self._table.clear()
-        self._num_frames = self._pending_frames = 0
-        self._written.clear()
-        self._position.zero_()
-        self._past_spans.zero_()
+        self._blocks.clear()
+        if self._gradient is not None:
+            self._gradient.forget()
+        for stream in self.streams:
+            stream.reset()
+        self.refresh()
 
-    # ---- What a block may be, and what it sees
+    # ---- What a block may be
 
-    def _snapshot(self) -> tuple[Tensor, Tensor]:
-        """Copies of page table and spans that stay as they are; the pages stay too while the first lives. An op, since
-        torch.compile would make plain copies a second time in backward, when all has changed."""
-        page_table, past_spans = ops.kv_cache_pin(self._page_table, self._past_spans, self._handle)
-        return page_table, past_spans
-
-    def _current_view(self) -> KVCacheView:
-        if self._view is None:
-            self._view = self.view()
+    def _current_view(self, block: int = 0) -> KVCacheView:
+        if self._view is None or self._view.block != block:
+            self._view = self.view(block)
         return self._view
 
     def _check_block(self, layer: int, k: Tensor, v: Tensor) -> int:
@@ -299,7 +445,8 @@ class PagedKVCache:
                 f"k has {num_tokens} tokens, but must have a positive multiple of frame_seqlen = {self.frame_seqlen}"
             )
         num_frames: int = num_tokens // self.frame_seqlen
-        check_window(self.window_frames, self.sink_frames, num_frames)
+        for window, sink in self._windows:
+            check_window(window, sink, num_frames)
         return num_frames
 
     def _check_query(self, q: Tensor, k: Tensor) -> None:
@@ -316,137 +463,297 @@ class PagedKVCache:
         if q.shape[2] == 0 or q.shape[2] % self.num_heads:
             raise ValueError(f"q has {q.shape[2]} heads, but must have a multiple of the cache's {self.num_heads}")
 
-    def _check_turn(self, name: str, num_frames: int) -> None:
-        """Raises ValueError unless a block of this length can be the next. Not for graphs: num_frames changes."""
-        if self.max_frames is not None and self._num_frames + num_frames > self.max_frames:
+    def _check_turn(self, name: str, num_frames: int, block: int, layer: int | None) -> None:
+        """Raises ValueError unless a block of this length can be this one of those that are not committed. Not for
+        graphs: all this changes."""
+        if not 0 <= block <= len(self._blocks):
             raise ValueError(
-                f"{name} has {num_frames} frames after {self._num_frames} committed ones, but max_frames is "
-                f"{self.max_frames}"
+                f"block is {block}, but must be in [0, {len(self._blocks)}]: {len(self._blocks)} blocks are written "
+                "and not committed"
             )
-        if self._pending_frames not in (0, num_frames):
-            raise ValueError(
-                f"{name} has {num_frames} frames, but must have {self._pending_frames} like the block that layers "
-                f"{sorted(self._written)} have written and that is not committed yet"
-            )
-
-    def _spans_of(self, num_frames: int, past_spans: Tensor) -> Tensor:
-        """The past of a block of this length, int32 [B, 1, 2, 4]."""
-        return past_spans[0 if self.window_frames is None else num_frames - 1]
-
-    # ---- The host's part: the page table, and the tensors that mirror it
-
-    def _take_pages(self, num_frames: int, may_grow: bool) -> bool:
-        """Gives back the pages that the next block and later ones do not see and takes the block's pages, unless that
-        was done already; True if it was done now."""
-        self._check_turn("k", num_frames)
-        if self._pending_frames:
-            return False
-        self._view = None  # it would keep pages from the block
-        first_visible = self._first_visible(num_frames)
-        num_tokens = num_frames * self.frame_seqlen
-        streams = range(self.batch_size)
-        per_stream = self._table.pages_needed(0, num_tokens)
-        needed = self.batch_size * per_stream
-        free = self._table.num_free_pages
-        if needed > free:
-            free += sum(self._table.releasable(stream, first_visible) for stream in streams)
-        row_pages = self._row_pages()
-        if self.window_frames is None and self.max_frames is None:
-            row_pages = len(self._table.pages(0)) + per_stream
-        if needed > free or row_pages > self._page_table.shape[1]:
-            if not may_grow:
-                raise RuntimeError(
-                    f"the block needs {needed} pages, but {free} are free, and a compiled graph cannot grow the "
-                    f"pool: call cache.reserve({num_frames}) before it, or give window_frames or max_frames"
+        for stream in self._limited:
+            before = stream.num_frames + self._staged_frames(block)
+            if stream.max_frames is not None and before + num_frames > stream.max_frames:
+                raise ValueError(
+                    f"{name} has {num_frames} frames after {before} committed ones, but max_frames is "
+                    f"{stream.max_frames}"
                 )
-            self._grow(needed - free)
-            if row_pages > self._page_table.shape[1]:
-                self._page_table = self._page_table.new_zeros(self.batch_size, 2 * row_pages)
-        for stream in streams:
-            self._table.release_before(stream, first_visible)
-            self._table.append(stream, num_tokens)
-        self._pending_frames = num_frames
+        if block < len(self._blocks) and self._blocks[block].num_frames != num_frames:
+            raise ValueError(
+                f"{name} has {num_frames} frames, but must have {self._blocks[block].num_frames} like the block that "
+                f"layers {sorted(self._blocks[block].written)} have written and that is not committed yet"
+            )
+        for index, before_it in enumerate(self._blocks[:block]):
+            if layer is not None and layer not in before_it.written:
+                raise ValueError(f"block is {block}, but layer {layer} has not written block {index}")
+
+    def _check_compiled(self, block: int) -> None:
+        if block or self._gradient is not None:
+            what = "a staged block" if block else "grad_through_cache"
+            raise ValueError(f"a compiled graph cannot hold {what}: leave the cache's calls out of the graph")
+
+    def _staged_frames(self, block: int) -> int:
+        """Frames of the uncommitted blocks before one."""
+        return sum(before.num_frames for before in self._blocks[:block])
+
+    def _start_frames(self, block: int) -> list[int]:
+        """Where a block starts in every stream."""
+        staged = self._staged_frames(block)
+        return [stream.num_frames + staged for stream in self.streams]
+
+    # ---- The host's part: streams and page table, and the tensors that mirror them
+
+    def _take_pages(self, num_frames: int, block: int, layer: int | None) -> None:
+        """Takes the block's pages, unless that was done already."""
+        self._check_turn("k", num_frames, block, layer)
+        if self._advance(num_frames, block, self._pool_may_grow):
+            self.refresh()
+
+    def take_pages_in_graph(self, num_frames: int) -> bool:
+        """The same for the first block in a compiled graph, where the tensors that kernels read must stay as they are;
+        True if the pages were not taken before."""
+        self._check_turn("k", num_frames, block=0, layer=None)
+        longest = max(self._start_frames(0)) + num_frames
+        fits = self._longest_block or -(-longest * self.frame_seqlen // self.page_size) <= self._page_table.shape[1]
+        try:
+            if not fits:
+                raise RuntimeError("the page table has no room for the block")
+            return self._advance(num_frames, block=0, may_grow=False)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error}; a compiled graph cannot grow the pool: call cache.reserve({num_frames}) before it, or give "
+                "window_frames or max_frames"
+            ) from error
+
+    def _advance(self, num_frames: int, block: int, may_grow: bool) -> bool:
+        """Gives back the pages that the next block and later ones do not see and takes a block's pages; False if it has
+        them."""
+        again = block < len(self._blocks)
+        if again and block not in self._read_blocks:
+            return False
+        starts = self._start_frames(block)
+        if not self._blocks:
+            for stream, start in zip(self.streams, starts, strict=True):
+                stream._check_open()
+                stream.check_visible(start, start + num_frames)
+                if any(batch is not self and batch.has_uncommitted_blocks for batch in stream._batches):
+                    raise ValueError("a stream of the cache is being written by another batch: commit or drop it there")
+        self._view = None  # it would keep pages from the block
+        steps = [
+            stream.step(start, start + num_frames, again) for stream, start in zip(self.streams, starts, strict=True)
+        ]
+        self.pool.advance(steps, may_grow)
+        self._read_blocks.discard(block)
+        if not again:
+            self._blocks.append(_Block(num_frames))
+            if block == 0:
+                for stream, start in zip(self.streams, starts, strict=True):
+                    stream.evict(start, start + num_frames)
         return True
 
-    def _row_pages(self) -> int:
-        """Pages that a stream holds at most; a first guess where there is no limit."""
-        tokens = (self.max_frames or UNBOUNDED_START_FRAMES) * self.frame_seqlen
-        pages = -(-tokens // self.page_size)
-        if self.window_frames is None:
-            return pages
-        sink_pages = -(-self.sink_frames * self.frame_seqlen // self.page_size)
-        # What moves through the window may start at the last token of a page.
-        moving_tokens = (self.window_frames - self.sink_frames) * self.frame_seqlen + self.page_size - 1
-        windowed_pages = sink_pages + -(-moving_tokens // self.page_size)
-        return windowed_pages if self.max_frames is None else min(pages, windowed_pages)
-
-    def _first_visible(self, num_frames: int) -> int:
-        """The first token outside the sink that a block of this length sees if it comes next."""
-        if self.window_frames is None:
-            return 0
-        return max(0, self._num_frames + num_frames - (self.window_frames - self.sink_frames)) * self.frame_seqlen
-
     def _commit(self, num_frames: int) -> None:
-        missing = sorted(set(range(self.num_layers)) - self._written)
+        written = self._blocks[0].written if self._blocks else set()
+        missing = sorted(set(range(self.num_layers)) - written)
         if missing:
             raise ValueError(
                 f"num_frames is {num_frames}, but layers {missing} of {self.num_layers} have not written the block: "
                 "commit takes what every layer has written"
             )
-        if num_frames != self._pending_frames:
+        if num_frames != self._blocks[0].num_frames:
             raise ValueError(
-                f"num_frames is {num_frames}, but must be {self._pending_frames}, the frames that were written"
+                f"num_frames is {num_frames}, but must be {self._blocks[0].num_frames}, the frames that were written"
             )
         self._view = None
-        self._num_frames += num_frames
-        self._pending_frames = 0
-        self._written.clear()
+        del self._blocks[0]
+        self._read_blocks = {block - 1 for block in self._read_blocks if block > 0}
+        for stream in self.streams:
+            stream.commit(num_frames)
 
-    def _grow(self, num_pages: int) -> None:
-        """Adds this many pages to the pools, or doubles them if that is more."""
-        if num_pages <= 0:
-            return
-        held = self._table.num_pages
-        total = held + max(num_pages, held)
-        for pools, saved in ((self._k_pages, self._saved_k_pages), (self._v_pages, self._saved_v_pages)):
-            for layer in range(self.num_layers):
-                grown = torch.empty(
-                    total, self.page_size, self.num_heads, self.head_dim, dtype=self.dtype, device=self.device
+    def refresh(self) -> None:
+        """Brings the tensors that kernels read up to date with streams and page table. Streams call it; nobody else
+        needs to."""
+        self._view = None
+        self._staged.clear()
+        longest = max(self.pool.table.row_length(number) for number in self._numbers)
+        if longest > self._page_table.shape[1]:
+            self._page_table = self._page_table.new_zeros(self.batch_size, 2 * longest)
+        records, rope_position = self._records(0, self._lengths)
+        _, _, lists, spans, _ = self._past_spans.shape
+        if records.shape[2] > lists or records.shape[3] > spans:
+            sizes = max(records.shape[2], lists), max(records.shape[3], spans)
+            self._past_spans = self._past_spans.new_zeros(len(self._lengths), self.batch_size, *sizes, 4)
+        self._make_rope_table(int(rope_position.max()))
+        self.mirror_pages(self._page_table, self._write_start)
+        self.mirror_past(self._past_spans, self._position, self._rope_position, (records, rope_position))
+
+    def mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
+        """Writes the rows of pages [B, T] and where the first block that is not committed is written [B]."""
+        longest = max(self.pool.table.row_length(number) for number in self._numbers)
+        rows = np.zeros((self.batch_size, longest), dtype=np.int32)
+        self.pool.table.copy_rows(self._numbers, rows)
+        page_table[:, :longest].copy_(torch.from_numpy(rows))
+        if self._blocks:
+            write_start.copy_(self._write_starts(0))
+
+    def mirror_past(
+        self,
+        past_spans: Tensor,
+        position: Tensor | None,
+        rope_position: Tensor,
+        past: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
+    ) -> None:
+        """Writes the visible past [block lengths, B, G, S, 4], and where the next block starts: [B], [lengths, B]."""
+        records, rope_positions = self._records(0, self._lengths) if past is None else past
+        _fit(past_spans, torch.from_numpy(records))
+        if position is not None:
+            position.copy_(on_host(self._start_frames(0), torch.int32))
+        rope_position.copy_(torch.from_numpy(rope_positions))
+
+    def _records(self, block: int, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """What a block sees of the past, for K lengths of it: spans [K, B, G, S, 4] as the attention op reads them, and
+        the frame at which it starts when the visible past is counted from 0, [K, B]."""
+        starts = self._start_frames(block)
+        if any(stream.has_selection for stream in self.streams):
+            frames, sees_sink = self._selected_past(starts, lengths)
+        else:
+            frames = visible_past_of_many(np.array(starts), lengths, self._moving, self._sinks)[:, :, None]
+            sees_sink = np.zeros(frames.shape[:-1], dtype=bool)
+            sees_sink[..., 0] = True
+        lists, spans = frames.shape[2:4]
+        tokens = (frames * self.frame_seqlen).reshape(*frames.shape[:2], lists * spans, 2)
+        records = np.empty((*frames.shape[:-1], 4), dtype=np.int32)
+        records[..., :2] = self.pool.table.positions(self._numbers, tokens).reshape(frames.shape)
+        # The newest visible frame of every head stands right before the block.
+        counts = frames[..., 1] - frames[..., 0]
+        visible = counts.sum(-1)  # [K, B, G]
+        start = visible.max(-1)  # [K, B]
+        before = (start[..., None] - visible)[..., None] + np.cumsum(counts, axis=-1) - counts
+        records[..., 2] = before * self.frame_seqlen
+        sink, past = self._past_bias[:2]
+        records[..., 3] = np.where(sees_sink, np.float32(sink), np.float32(past)).view(np.int32)
+        return records, start.astype(np.int32)
+
+    def _selected_past(
+        self, starts: list[int], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Visible frames [K, B, G, S, 2] where streams have selections, and which of these are sink frames."""
+        seen: list[list[list[list[Interval]]]] = []
+        for length in lengths.tolist():
+            of_length = []
+            for stream, start in zip(self.streams, starts, strict=True):
+                sink, rest = [(0, stream.sink_frames)], [(stream.sink_frames, start)]
+                of_length.append(
+                    [
+                        [*intervals.intersect(frames, sink), *intervals.intersect(frames, rest)]
+                        for frames in stream.visible(start, start + length)
+                    ]
                 )
-                if held:
-                    grown[:held] = pools[layer]
-                pools[layer : layer + 1], saved[layer : layer + 1] = [grown], [grown.data]
-        self._table.add_pages(total - held)
+            seen.append(of_length)
+        num_lists = max(len(lists) for of_length in seen for lists in of_length)
+        most = max(1, *(len(spans) for of_length in seen for lists in of_length for spans in lists))
+        frames = np.zeros((len(seen), len(starts), num_lists, most, 2), dtype=np.int64)
+        for i, of_length in enumerate(seen):
+            for j, lists in enumerate(of_length):
+                for g in range(num_lists):
+                    spans = lists[g if len(lists) > 1 else 0]
+                    frames[i, j, g, : len(spans)] = spans
+        return frames, frames[..., 1] <= self._sinks[None, :, None, None]
 
-    # The streams advance together, so that their tokens have the same positions: those of stream 0. Pages differ.
+    def _write_starts(self, block: int) -> Tensor:
+        """Positions of a block's first tokens, int32 [B] on the device."""
+        first = np.array(self._start_frames(block)) * self.frame_seqlen
+        tokens = np.stack((first, first + 1), axis=-1)[:, None]
+        positions = self.pool.table.positions(self._numbers, tokens)[:, 0, 0]
+        return torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
 
-    def _mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
-        """Brings a page table [B, T] and the position of the block's first token [B] up to date."""
-        rows = [self._table.pages(stream) for stream in range(self.batch_size)]
-        page_table[:, : len(rows[0])] = _on_host(rows, torch.int32)
-        write_start.fill_(self._table.position(0, self._num_frames * self.frame_seqlen))
+    def _places_of_block(self, num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Page and slot of every token of the block that is being written, [B, L] each."""
+        starts = self._write_start.cpu().numpy().astype(np.int64)
+        positions = starts[:, None] + np.arange(num_tokens)
+        rows = self._page_table.cpu().numpy().astype(np.int64)
+        pages = np.take_along_axis(rows, positions // self.page_size, axis=1)
+        return pages, positions % self.page_size
 
-    def _mirror_spans(self, past_spans: Tensor) -> None:
-        """Brings the visible past [block lengths, B, 1, 2, 4] up to date."""
-        first_visible = [self._first_visible(length) for length in range(1, past_spans.shape[0] + 1)]
-        spans = self._table.spans(0, first_visible, self._num_frames * self.frame_seqlen)
-        past_spans.copy_(span_records(_on_host(spans, torch.int32))[:, None, None])
+    def where_of_staged(self, block: int, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Spans [B, G, S, 4] and start frames [B] of a later block."""
+        if (block, num_frames) not in self._staged:
+            records, start = self._records(block, np.array([num_frames]))
+            on_device = torch.from_numpy(records[0]).to(self.device), torch.from_numpy(start[0]).to(self.device)
+            self._staged[block, num_frames] = on_device
+        return self._staged[block, num_frames]
+
+    def _at_length(self, of_lengths: Tensor, num_frames: int) -> Tensor:
+        """What holds for a block of this length."""
+        return of_lengths[0 if self._longest_block is None else num_frames - 1]
+
+    def _make_rope_table(self, num_frames: int) -> None:
+        """A table of rotations that reaches at least this frame."""
+        if self.rope_grid is None or num_frames <= self._rope_frames:
+            return
+        self._rope_frames = max(num_frames, 2 * self._rope_frames)
+        self._rope_table = rope_table((self._rope_frames, *self.rope_grid), self.head_dim, self.device)
+
+    def attend_past(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None,
+        layers: list[LayerPages],
+        page_table: Tensor,
+        spans: Tensor,
+        start_frame: Tensor,
+        gradient: PastGradient | None = None,
+    ) -> Tensor:
+        """A block over its own k and v, and over the past."""
+        rope: tuple[Tensor | None, tuple[int, ...]] = None, ()
+        if self.rope_grid is not None and self._rope_table is not None:
+            grid = (k.shape[1] // self.frame_seqlen, *self.rope_grid)
+            q, k = (rope_3d(x, grid, start_frame) for x in (q, k))
+            rope = self._rope_table, (self._rope_frames, *self.rope_grid)
+        past = self.pool.past(layers, layer, page_table, spans, *rope)
+        table = full_table(q.shape[1], k.shape[1], q.device)
+        if gradient is not None:
+            length = 0 if self._longest_block is None else k.shape[1] // self.frame_seqlen - 1
+            return gradient.attend(layer, q, k, v, table, past, softmax_scale, length)
+        return attention_over_spans(q, k, v, table, past, softmax_scale)[0]
 
 
 class KVCacheView:
     """What a block saw of a cache when the view was taken (``PagedKVCache.view``), for reading only.
 
     ``attend`` works as the cache's, also after the cache went on, and as often as wanted: activation checkpointing
-    calls it again in backward. ``position`` is the number of frames before the block, int32 [1].
+    calls it again in backward. ``position`` has the number of frames before the block, int32 [B].
     """
 
-    def __init__(self, cache: PagedKVCache) -> None:
+    def __init__(self, cache: PagedKVCache, block: int = 0) -> None:
         self._cache = cache
-        self.num_frames = cache.num_frames
-        self.position = _copy_of_position(cache._position)
-        self._page_table, self._past_spans = cache._snapshot()
+        self.block = block
         # The pools of now: activation checkpointing wants the same shapes again, and a pool that grows keeps its pages.
-        self._k_pages, self._v_pages = list(cache._saved_k_pages), list(cache._saved_v_pages)
+        self._layers = list(cache.pool.saved_layers)
+        if block == 0:
+            self.position = kv_cache_ops.copy_of_position(cache._position)
+            self._page_table, self._past_spans = kv_cache_ops.pin(cache)
+            self._rope_position = cache._rope_position.clone()
+        else:
+            self.position = on_host(cache._start_frames(block), torch.int32).to(cache.device)
+            records, starts = cache._records(block, cache._lengths)
+            self._page_table = kv_cache_ops.pinned_rows(cache, cache._page_table, block)
+            self._past_spans, self._rope_position = (torch.from_numpy(x).to(cache.device) for x in (records, starts))
+            cache._read_blocks.update(range(block))
+        self._gradient: PastGradient | None = None
+        if cache._gradient is not None:
+            rows = [cache.pool.table.row(number) for number in cache._numbers]
+            self._gradient = PastGradient(cache._gradient, rows, cache._records(0, cache._lengths)[0], cache.page_size)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames before the block. ValueError if the streams have different numbers."""
+        numbers = set(self.position.tolist())
+        if len(numbers) > 1:
+            raise ValueError(f"num_frames is asked of streams of different lengths, {self.position.tolist()}")
+        return int(numbers.pop())
 
     @nvtx_range("kv_cache.attend")
     def attend(
@@ -462,107 +769,75 @@ class KVCacheView:
         cache = self._cache
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
-        pages = self._k_pages[layer], self._v_pages[layer], self._page_table
-        return _attend(q, k, v, softmax_scale, *pages, cache._spans_of(num_frames, self._past_spans))
+        spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
+        where = (self._layers, self._page_table, spans, start)
+        return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
 
 
-def _on_host(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+def _row_pages(
+    page_size: int,
+    frame_seqlen: int,
+    window_frames: int | None,
+    sink_frames: int,
+    max_frames: int | None,
+    rollback_frames: int = 0,
+) -> int:
+    """Pages that a stream with one uncommitted block holds at most; a first guess where there is no limit."""
+    pages = -(-(max_frames or UNBOUNDED_START_FRAMES) * frame_seqlen // page_size)
+    if window_frames is None:
+        return pages
+    sink_pages = -(-sink_frames * frame_seqlen // page_size)
+    # What moves through the window may start at the last token of a page.
+    moving_tokens = (window_frames + rollback_frames - sink_frames) * frame_seqlen + page_size - 1
+    windowed_pages = sink_pages + -(-moving_tokens // page_size)
+    return windowed_pages if max_frames is None else min(pages, windowed_pages)
+
+
+def _check_streams(streams: list[Stream]) -> None:
+    if not streams:
+        raise ValueError("streams has no stream, but must have at least one")
+    if len(set(map(id, streams))) < len(streams):
+        raise ValueError("streams has a stream twice, but a batch has each once")
+    for stream in streams:
+        stream._check_between_blocks("PagedKVCache.of_streams")
+        if stream.pool is not streams[0].pool:
+            raise ValueError("streams are of several pools, but must be of one")
+        if stream.frame_seqlen != streams[0].frame_seqlen:
+            raise ValueError(
+                f"streams have frame_seqlen {streams[0].frame_seqlen} and {stream.frame_seqlen}, but must have the same"
+            )
+
+
+def _check_rope(rope: str, rope_grid: tuple[int, int] | None, frame_seqlen: int) -> None:
+    if rope not in ROPE_MODES:
+        raise ValueError(f"rope is {rope!r}, but must be one of {', '.join(map(repr, ROPE_MODES))}")
+    if (rope == "on_read") != (rope_grid is not None):
+        raise ValueError(f"rope_grid is {rope_grid}, but must be given exactly with rope='on_read'; rope is {rope!r}")
+    if rope_grid is not None and (len(rope_grid) != 2 or rope_grid[0] * rope_grid[1] != frame_seqlen):
+        raise ValueError(
+            f"rope_grid is {rope_grid}, but must be (rows, columns) with rows * columns = frame_seqlen = {frame_seqlen}"
+        )
+
+
+def _checked_bias(bias: tuple[float, float, float] | None) -> tuple[float, float, float]:
+    """(sink, past, own block), relative to the own block's: a softmax knows differences only."""
+    if bias is None:
+        return 0.0, 0.0, 0.0
+    if len(bias) != 3 or not all(math.isfinite(value) for value in bias):
+        raise ValueError(f"past_bias is {bias}, but must be three finite numbers: for sink, past and own block")
+    sink, past, own = bias
+    return sink - own, past - own, 0.0
+
+
+def _fit(target: Tensor, values: Tensor) -> None:
+    """Copies spans [K, B, G, S, 4] where there may be room for more lists and more spans; those that are not used are
+    empty."""
+    lists, spans = values.shape[2:4]
+    if spans < target.shape[3]:
+        target[..., spans:, :].zero_()
+    target[:, :, :, :spans] = values if lists == target.shape[2] else values.expand(-1, -1, target.shape[2], -1, -1)
+
+
+def on_host(values: Sequence[object], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU, whatever torch's default device is."""
     return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-def _copy_of_position(position: Tensor) -> Tensor:
-    """A copy that stays as it is. An op, because torch.compile may move plain reads across the op that commits."""
-    copy: Tensor = ops.kv_cache_position(position)
-    return copy
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    past_spans: Tensor,
-) -> Tensor:
-    """A block over its own k and v, and over the past."""
-    past = Past(k_pages, v_pages, page_table, past_spans)
-    out, _ = attention_over_spans(q, k, v, full_table(q.shape[1], k.shape[1], q.device), past, softmax_scale)
-    return out
-
-
-def _cache_of(handle: Tensor) -> PagedKVCache:
-    cache = _caches.get(int(handle))
-    if cache is None:
-        raise RuntimeError(
-            "this graph belongs to a cache that is gone or lives in another process: an exported program can be loaded "
-            "elsewhere if it only reads a cache, without gradient"
-        )
-    return cache
-
-
-@torch.library.impl("selfforcing::kv_cache_reserve", "CompositeExplicitAutograd")
-def _reserve_op(
-    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: Tensor, layer: int, num_frames: int
-) -> None:
-    cache = _cache_of(handle)
-    if cache._take_pages(num_frames, may_grow=False):
-        cache._mirror_pages(page_table, write_start)
-        cache._mirror_spans(past_spans)
-    cache._written.add(layer)
-
-
-@torch.library.impl("selfforcing::kv_cache_commit", "CompositeExplicitAutograd")
-def _commit_op(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames: int) -> None:
-    cache = _cache_of(handle)
-    cache._commit(num_frames)
-    cache._mirror_spans(past_spans)
-    position.fill_(cache.num_frames)
-
-
-@torch.library.impl("selfforcing::kv_cache_pin", "CompositeExplicitAutograd")
-def _pin_op(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
-    # Autograd saves the copied table with the attend that read it, so the pages stay until that attend's backward is
-    # done or its graph is gone.
-    cache = _cache_of(handle)
-    pages = [page for stream in range(cache.batch_size) for page in cache._table.pages(stream)]
-    pinning_table = page_table.clone()
-    cache._table.pin(pages)
-    weakref.finalize(pinning_table, cache._table.unpin, pages).atexit = False
-    return pinning_table, past_spans.clone()
-
-
-@torch.library.impl("selfforcing::kv_cache_position", "CompositeExplicitAutograd")
-def _position_op(position: Tensor) -> Tensor:
-    return position.clone()
-
-
-@torch.library.register_fake("selfforcing::kv_cache_write")
-def _write_fake(
-    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, write_start: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> None:
-    """Changes nothing that a trace can see."""
-
-
-@torch.library.register_fake("selfforcing::kv_cache_reserve")
-def _reserve_fake(
-    page_table: Tensor, past_spans: Tensor, write_start: Tensor, handle: Tensor, layer: int, num_frames: int
-) -> None:
-    """Changes nothing that a trace can see."""
-
-
-@torch.library.register_fake("selfforcing::kv_cache_commit")
-def _commit_fake(past_spans: Tensor, position: Tensor, handle: Tensor, num_frames: int) -> None:
-    """Changes nothing that a trace can see."""
-
-
-@torch.library.register_fake("selfforcing::kv_cache_pin")
-def _pin_fake(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(page_table), torch.empty_like(past_spans)
-
-
-@torch.library.register_fake("selfforcing::kv_cache_position")
-def _position_fake(position: Tensor) -> Tensor:
-    return torch.empty_like(position)

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Interval = tuple[int, int]
+from selfforcing_ext.intervals import Interval, merge
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ def make_span_table(
             overlapping ones merged.
         num_keys: number of keys; intervals lie within ``[0, num_keys)``.
     """
-    merged = [_merge(spans) for spans in spans_of_block]
+    merged = [merge(spans) for spans in spans_of_block]
     for block, spans in enumerate(merged):
         if spans and (spans[0][0] < 0 or spans[-1][1] > num_keys):
             raise ValueError(f"spans_of_block[{block}] is {spans}, but keys run from 0 to num_keys = {num_keys}")
@@ -120,9 +122,26 @@ def visible_past(block_start: int, block_end: int, window_frames: int | None, si
     ``window_frames - sink_frames`` newest frames are visible: what a cache of ``window_frames`` frames holds.
     """
     if window_frames is None:
-        return _merge([(0, block_start)])
+        return merge([(0, block_start)])
     newest = max(0, block_end - (window_frames - sink_frames))
-    return _merge([(0, min(sink_frames, block_start)), (min(newest, block_start), block_start)])
+    return merge([(0, min(sink_frames, block_start)), (min(newest, block_start), block_start)])
+
+
+def visible_past_of_many(
+    block_starts: NDArray[np.int64],  # [B]
+    block_lengths: NDArray[np.int64],  # [K]
+    moving_frames: NDArray[np.int64],  # [B]
+    sink_frames: NDArray[np.int64],  # [B]
+) -> NDArray[np.int64]:
+    """``visible_past`` for B videos and K lengths of their next block at once: [K, B, 2, 2], the sink and the rest,
+    which may be empty or touch. ``moving_frames`` is window_frames - sink_frames, any large number without a window."""
+    sink_ends = np.minimum(sink_frames, block_starts)
+    newest = np.maximum(block_starts + block_lengths[:, None] - moving_frames, sink_ends)
+    visible = np.zeros((*newest.shape, 2, 2), dtype=np.int64)
+    visible[..., 0, 1] = sink_ends
+    visible[..., 1, 0] = np.minimum(newest, block_starts)
+    visible[..., 1, 1] = block_starts
+    return visible
 
 
 @dataclass(frozen=True)
@@ -237,17 +256,6 @@ def _scale(interval: Interval, tokens: int, offset: int = 0) -> Interval:
     return offset + interval[0] * tokens, offset + interval[1] * tokens
 
 
-def _merge(intervals: Sequence[Interval]) -> list[Interval]:
-    """Sorted, disjoint, not touching, none empty."""
-    merged: list[Interval] = []
-    for start, end in sorted(interval for interval in intervals if interval[0] < interval[1]):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
-
-
 def _transpose(
     block_starts: Sequence[int], spans_of_block: Sequence[Sequence[Interval]], num_keys: int
 ) -> tuple[list[int], list[list[Interval]]]:
@@ -266,7 +274,7 @@ def _transpose(
             sees[block] = 0
         for block in opening.get(left, ()):
             sees[block] = 1
-        runs.append(_merge([(block_starts[first], block_starts[last]) for first, last in _runs_of_ones(sees)]))
+        runs.append(merge([(block_starts[first], block_starts[last]) for first, last in _runs_of_ones(sees)]))
     return borders, runs
 
 

@@ -9,14 +9,11 @@ import pytest
 import torch
 from cases import DTYPES, ROLLOUT_CASES, RolloutCase
 from compare import assert_close, assert_same_bits, relative_error
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from python_ref.ops.kv_cache import PagedKVCache as ReferenceCache
 from selfforcing_ext import PagedKVCache
-from selfforcing_ext._C import PageTable
 
 WINDOWED = RolloutCase((1, 3, 3, 3, 3, 3), window_frames=7, sink_frames=1, page_size=4, batch=2)
 
@@ -27,6 +24,10 @@ def caches(case: RolloutCase, dtype: torch.dtype = torch.float32) -> tuple[Paged
     if case.window_frames is None and case.max_frames is None:
         arguments["max_frames"] = sum(case.block_frames)  # the reference must end somewhere
     return ours, ReferenceCache(**arguments, dtype=torch.float64)
+
+
+def memory(cache: PagedKVCache) -> list[Tensor]:
+    return [tensor for layer in cache.pool.layers for tensor in layer if tensor is not None]
 
 
 def write_block(cache, layers, num_frames: int) -> None:
@@ -59,7 +60,8 @@ def test_rollout_matches_the_reference(case: RolloutCase, dtype: torch.dtype):
                         reference.write(layer, k.double(), v.double())
             ours.commit(num_frames)
             reference.commit(num_frames)
-        assert ours.num_frames == reference.num_frames == int(ours.position)
+        assert ours.num_frames == reference.num_frames
+        assert ours.position.tolist() == [ours.num_frames] * case.batch
         assert ours.visible_frames == reference.visible_frames
 
 
@@ -96,7 +98,7 @@ def test_a_view_reads_what_was_there():
         seen = []
         for index, num_frames in enumerate(WINDOWED.block_frames):
             view = ours.view()
-            assert view.num_frames == int(view.position) == ours.num_frames
+            assert view.num_frames == ours.num_frames
             seen.append((view, view.attend(1, q, k, v)))
             write_block(ours, WINDOWED.block(num_frames, seed=index), num_frames)
         for view, out in seen:
@@ -114,22 +116,22 @@ def test_pages_come_back_when_nobody_can_read_them():
             held.append(hold())
             write_block(cache, WINDOWED.block(num_frames, seed=index), num_frames)
         cache.reset()
-        return cache._table.num_pages - cache._table.num_free_pages, held
+        return cache.pool.num_pages - cache.pool.stats().free, held
 
     pinned, held = free_after(cache.view)
     assert pinned > 0
     held.clear()
-    assert cache._table.num_free_pages == cache._table.num_pages
+    assert cache.pool.stats().free == cache.pool.num_pages
 
     pinned, held = free_after(lambda: cache.attend(0, q, k, v))
     assert pinned > 0
     torch.autograd.backward(held, [torch.ones_like(out) for out in held])
-    assert cache._table.num_free_pages == cache._table.num_pages, "backward is done"
+    assert cache.pool.stats().free == cache.pool.num_pages, "backward is done"
 
     pinned, held = free_after(lambda: cache.attend(0, q, k, v))
     held.clear()
     gc.collect()
-    assert cache._table.num_free_pages == cache._table.num_pages, "the graph is gone"
+    assert cache.pool.stats().free == cache.pool.num_pages, "the graph is gone"
 
 
 def test_inference_never_grows_the_pool():
@@ -148,14 +150,14 @@ def test_inference_never_grows_the_pool():
 def test_eviction_moves_nothing():
     """A write changes exactly the bytes of the block that is written, whatever leaves the window."""
     cache, _ = caches(WINDOWED)
-    for pages in (*cache._k_pages, *cache._v_pages):
+    for pages in memory(cache):
         pages.fill_(0)
     tokens_per_frame = WINDOWED.frame_seqlen * WINDOWED.kv_heads * WINDOWED.head_dim
     for index, num_frames in enumerate(WINDOWED.block_frames):
-        before = [pages.clone() for pages in (*cache._k_pages, *cache._v_pages)]
-        addresses = [pages.data_ptr() for pages in (*cache._k_pages, *cache._v_pages)]
+        before = [pages.clone() for pages in memory(cache)]
+        addresses = [pages.data_ptr() for pages in memory(cache)]
         write_block(cache, WINDOWED.block(num_frames, seed=index), num_frames)
-        after = [*cache._k_pages, *cache._v_pages]
+        after = memory(cache)
         assert addresses == [pages.data_ptr() for pages in after]
         for old, new in zip(before, after, strict=True):
             assert int((old != new).sum()) == WINDOWED.batch * num_frames * tokens_per_frame
@@ -183,7 +185,7 @@ def test_position_is_the_same_tensor_and_keeps_its_value_for_autograd():
     write_block(cache, WINDOWED.block(1), 1)
     with torch.no_grad():
         assert cache.position is position
-    assert (int(position), int(recorded)) == (1, 0)
+    assert (position.tolist(), recorded.tolist()) == ([1, 1], [0, 0])
 
 
 def test_a_position_that_nobody_keeps_costs_no_pages():
@@ -191,7 +193,7 @@ def test_a_position_that_nobody_keeps_costs_no_pages():
     cache, _ = caches(WINDOWED)
     size = cache.nbytes
     for index, num_frames in enumerate(WINDOWED.block_frames):
-        assert int(cache.position) == cache.num_frames
+        assert cache.position.tolist() == [cache.num_frames] * WINDOWED.batch
         write_block(cache, WINDOWED.block(num_frames, seed=index), num_frames)
     assert cache.nbytes == size
 
@@ -206,7 +208,7 @@ def test_reset_starts_again():
         with torch.no_grad():
             outputs.append(cache.attend(1, *case.block(3, seed=9)[1]))
         cache.reset()
-        assert (cache.num_frames, int(cache.position), cache.visible_frames) == (0, 0, 0)
+        assert (cache.num_frames, cache.position.tolist(), cache.visible_frames) == (0, [0, 0], 0)
     assert_same_bits(outputs[1], outputs[0])
 
 
@@ -252,17 +254,14 @@ def test_autocast():
 
 def snapshot(cache: PagedKVCache) -> list[object]:
     """Everything that a failed call must not change."""
-    table = cache._table
-    tensors = [cache._page_table, cache._past_spans, cache._write_start, cache._position]
-    tensors += [*cache._k_pages, *cache._v_pages]
+    tensors = [cache._page_table, cache._past_spans, cache._write_start, cache._position, *memory(cache)]
     return [
         cache.num_frames,
         cache.visible_frames,
-        cache.nbytes,
-        sorted(cache._written),
-        cache._pending_frames,
-        table.num_free_pages,
-        [table.pages(stream) for stream in range(cache.batch_size)],
+        [(block.num_frames, sorted(block.written)) for block in cache._blocks],
+        [vars(stream.pool.stats()) for stream in cache.streams],
+        [cache.pool.table.row(stream._number) for stream in cache.streams],
+        [stream._held for stream in cache.streams],
         [t.clone() for t in tensors],
     ]
 
@@ -354,84 +353,11 @@ def test_bad_calls_within_a_block_change_nothing():
         ({"head_dim": 12}, ValueError, "head_dim has head dim 12, but must have a multiple of 8 up to 256"),
         ({"window_frames": 1, "sink_frames": 1}, ValueError, "window_frames is 1, but must be at least"),
         ({"dtype": torch.float64}, TypeError, "dtype is float64, but must be float32, bfloat16 or float16"),
-        ({"grad_through_cache": True}, ValueError, "grad_through_cache is True, which is not supported yet"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         PagedKVCache(**{"num_layers": 1, "num_heads": 2, "head_dim": 16, "frame_seqlen": 6} | arguments)
-
-
-@given(
-    page_size=st.integers(1, 9),
-    frame_seqlen=st.integers(1, 6),
-    window=st.integers(1, 5),
-    sink=st.integers(0, 3),
-    blocks=st.lists(st.integers(1, 5), min_size=1, max_size=12),
-)
-def test_page_table_keeps_what_is_visible(page_size, frame_seqlen, window, sink, blocks):
-    """A model that remembers which token lies where: visible tokens stay where they were written, no page has two
-    owners, and few pages suffice."""
-    table = PageTable(1, page_size, sink * frame_seqlen)
-    table.add_pages(200)
-    lies_at: dict[int, tuple[int, int]] = {}
-    committed = 0
-    for block in (min(frames, window) for frames in blocks):
-        first_visible = max(0, committed + block - window) * frame_seqlen
-        tokens = range(committed * frame_seqlen, (committed + block) * frame_seqlen)
-        freed = table.releasable(0, first_visible)
-        free = table.num_free_pages
-        table.release_before(0, first_visible)
-        assert table.num_free_pages == free + freed
-        needed = table.pages_needed(0, len(tokens))
-        table.append(0, len(tokens))
-        assert table.num_free_pages == free + freed - needed
-        row = table.pages(0)
-        assert len(set(row)) == len(row)
-        start = table.position(0, tokens[0])
-        for position, token in enumerate(tokens, start):
-            lies_at[token] = row[position // page_size], position % page_size
-        ((sink_span, window_span),) = table.spans(0, [first_visible], tokens[0])
-        seen = [row[p // page_size] for span in (sink_span, window_span) for p in range(*span)]
-        offsets = [p % page_size for span in (sink_span, window_span) for p in range(*span)]
-        visible = [t for t in range(tokens[0]) if t < sink * frame_seqlen or t >= first_visible]
-        assert [lies_at[token] for token in visible] == list(zip(seen, offsets, strict=True))
-        held = (sink + window) * frame_seqlen
-        assert len(row) <= held // page_size + 3
-        committed += block
-
-
-def test_pinned_pages_are_not_handed_out():
-    table = PageTable(2, 4, 0)
-    table.add_pages(6)
-    for stream in range(2):
-        table.append(stream, 8)
-    pinned = table.pages(0)
-    table.pin(pinned)
-    table.clear()
-    assert table.num_free_pages == 4
-    table.append(0, 16)
-    assert not set(pinned) & set(table.pages(0))
-    with pytest.raises(ValueError, match="num_tokens is 1, which takes 1 pages, but 0 are free"):
-        table.append(1, 1)
-    table.unpin(pinned)
-    table.append(1, 8)
-    assert set(table.pages(1)) == set(pinned)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 4, 0), "num_streams is 0, but must be at least 1"),
-        ((1, 0, 0), "page_size is 0, but must be at least 1"),
-        ((1, 4, -1), "sink_tokens is -1, but must be at least 0"),
-    ],
-)
-def test_page_table_refuses_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PageTable(*arguments)
-    with pytest.raises(ValueError, match=r"stream is 3, but must be in \[0, 2\)"):
-        PageTable(2, 4, 0).append(3, 1)
 
 
 def write_arguments(**changes: Tensor) -> dict[str, Tensor]:

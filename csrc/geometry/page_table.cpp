@@ -8,121 +8,212 @@ namespace selfforcing {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-}  // namespace
-
-PageTable::PageTable(int64_t num_streams, int64_t page_size, int64_t sink_tokens)
-    : page_size_(page_size), sink_tokens_(sink_tokens), sink_pages_(0) {
-  require(num_streams >= 1, "num_streams is " + std::to_string(num_streams) + ", but must be at least 1");
-  require(page_size >= 1, "page_size is " + std::to_string(page_size) + ", but must be at least 1");
-  require(sink_tokens >= 0, "sink_tokens is " + std::to_string(sink_tokens) + ", but must be at least 0");
-  sink_pages_ = ceil_div(sink_tokens, page_size);
-  streams_.resize(num_streams);
+std::string text(PageTable::Range tokens) {
+  return "[" + std::to_string(tokens.first) + ", " + std::to_string(tokens.second) + ")";
 }
 
-const PageTable::Stream& PageTable::at(int64_t stream) const {
-  require(stream >= 0 && stream < num_streams(),
-          "stream is " + std::to_string(stream) + ", but must be in [0, " + std::to_string(num_streams()) + ")");
-  return streams_[stream];
+void require_range(PageTable::Range tokens) {
+  require(0 <= tokens.first && tokens.first <= tokens.second,
+          "tokens are " + text(tokens) + ", but must be a range from 0 on");
+}
+
+}  // namespace
+
+PageTable::PageTable(int64_t page_size) : page_size_(page_size) {
+  require(page_size >= 1, "page_size is " + std::to_string(page_size) + ", but must be at least 1");
+}
+
+PageTable::Stats PageTable::stats() const {
+  Stats stats;
+  for (const Page& page : pages_) {
+    stats.used += page.streams > 0;
+    stats.shared += page.streams > 1;
+    stats.pinned += page.streams == 0 && page.pins > 0;
+  }
+  return stats;
+}
+
+const PageTable::Row& PageTable::at(int64_t stream) const {
+  const auto found = streams_.find(stream);
+  require(found != streams_.end(), "stream is " + std::to_string(stream) + ", but must be an open one");
+  return found->second;
+}
+
+PageTable::Row::const_iterator PageTable::find(const Row& row, int64_t logical) {
+  return std::lower_bound(row.begin(), row.end(), logical,
+                          [](const Entry& entry, int64_t wanted) { return entry.logical < wanted; });
 }
 
 void PageTable::add_pages(int64_t count) {
   require(count >= 0, "count is " + std::to_string(count) + ", but must be at least 0");
   const int64_t first = num_pages();
-  references_.resize(first + count, 0);
+  pages_.resize(first + count);
   // Lowest number on top, so that a fresh pool is filled from its start.
   std::vector<int32_t> fresh(count);
   for (int64_t i = 0; i < count; ++i) fresh[i] = static_cast<int32_t>(first + count - 1 - i);
   free_pages_.insert(free_pages_.begin(), fresh.begin(), fresh.end());
 }
 
-int64_t PageTable::pages_needed(int64_t stream, int64_t num_tokens) const {
-  const Stream& s = at(stream);
-  const int64_t held = static_cast<int64_t>(s.row.size()) + s.num_released;
-  return std::max<int64_t>(0, ceil_div(s.num_tokens + num_tokens, page_size_) - held);
+int64_t PageTable::open() {
+  streams_[next_stream_];
+  return next_stream_++;
 }
 
-void PageTable::append(int64_t stream, int64_t num_tokens) {
-  const int64_t needed = pages_needed(stream, num_tokens);
-  if (needed > num_free_pages())
-    throw std::length_error("num_tokens is " + std::to_string(num_tokens) + ", which takes " + std::to_string(needed) +
-                            " pages, but " + std::to_string(num_free_pages()) + " are free");
-  Stream& s = streams_[stream];
-  for (int64_t i = 0; i < needed; ++i) {
-    const int32_t page = free_pages_.back();
-    free_pages_.pop_back();
-    references_[page] = 1;
-    s.row.push_back(page);
+int64_t PageTable::fork(int64_t stream) {
+  const Row row = at(stream);
+  for (const Entry& entry : row) ++pages_[entry.page].streams;
+  streams_[next_stream_] = row;
+  return next_stream_++;
+}
+
+void PageTable::close(int64_t stream) {
+  retain(stream, {});
+  streams_.erase(stream);
+}
+
+PageTable::Advanced PageTable::advance(const std::vector<Step>& steps) {
+  int64_t most = 0;  // pages that can be needed
+  for (const Step& step : steps) {
+    at(step.stream);
+    require_range(step.written);
+    most += (step.written.second - step.written.first + page_size_ - 1) / page_size_ + 1;
   }
-  s.num_tokens += num_tokens;
-}
-
-int64_t PageTable::pages_before(const Stream& s, int64_t first_visible) const {
-  const int64_t first_page = std::min(first_visible, s.num_tokens) / page_size_;  // the first that is still needed
-  const int64_t moving_pages = std::max<int64_t>(0, static_cast<int64_t>(s.row.size()) - sink_pages_);
-  return std::clamp<int64_t>(first_page - sink_pages_ - s.num_released, 0, moving_pages);
-}
-
-int64_t PageTable::releasable(int64_t stream, int64_t first_visible) const {
-  const Stream& s = at(stream);
-  const auto begin = s.row.begin() + std::min<int64_t>(sink_pages_, s.row.size());
-  return std::count_if(begin, begin + pages_before(s, first_visible),
-                       [this](int32_t page) { return references_[page] == 1; });
-}
-
-void PageTable::release_before(int64_t stream, int64_t first_visible) {
-  const int64_t count = pages_before(at(stream), first_visible);
-  if (count == 0) return;
-  Stream& s = streams_[stream];
-  const auto begin = s.row.begin() + sink_pages_;
-  std::for_each(begin, begin + count, [this](int32_t page) { release(page); });
-  s.row.erase(begin, begin + count);
-  s.num_released += count;
-}
-
-void PageTable::clear() {
-  for (Stream& s : streams_) {
-    // Last page first, so that the next tokens get the same pages in the same order.
-    std::for_each(s.row.rbegin(), s.row.rend(), [this](int32_t page) { release(page); });
-    s = Stream();
+  // What is changed, to take it back.
+  const bool may_fail = most > num_free_pages();
+  std::vector<Page> pages;
+  std::vector<int32_t> free_pages;
+  std::vector<Row> rows;
+  if (may_fail) {
+    pages = pages_, free_pages = free_pages_;
+    for (const Step& step : steps) rows.push_back(at(step.stream));
   }
-}
-
-int64_t PageTable::position(int64_t stream, int64_t token) const {
-  const Stream& s = at(stream);
-  return token / page_size_ < sink_pages_ ? token : token - s.num_released * page_size_;
-}
-
-std::vector<PageTable::Spans> PageTable::spans(int64_t stream, const std::vector<int64_t>& first_visible,
-                                               int64_t num_tokens) const {
-  const int64_t released = at(stream).num_released;
-  const int64_t first_held = released > 0 ? (sink_pages_ + released) * page_size_ : 0;
-  const int64_t sink_end = std::min(sink_tokens_, num_tokens);
-  std::vector<Spans> result;
-  result.reserve(first_visible.size());
-  for (const int64_t first : first_visible) {
-    const int64_t window_start = std::min(std::max({first, first_held, sink_end}), num_tokens);
-    const int64_t start = position(stream, window_start);
-    result.push_back({{{0, sink_end}, {start, start + (num_tokens - window_start)}}});
+  Advanced result;
+  for (const Step& step : steps) retain(step.stream, step.kept);
+  for (const Step& step : steps) prepare_write(step, result);
+  if (result.shortage > 0) {
+    pages_ = std::move(pages), free_pages_ = std::move(free_pages);
+    for (size_t i = steps.size(); i-- > 0;) streams_[steps[i].stream] = std::move(rows[i]);
+    result.copies.clear();
   }
   return result;
 }
 
-void PageTable::pin(const std::vector<int32_t>& pages) {
-  for (const int32_t page : pages) ++references_.at(page);
+void PageTable::prepare_write(const Step& step, Advanced& result) {
+  const Range tokens = step.written;
+  if (tokens.first == tokens.second) return;
+  const auto take = [&] {
+    if (free_pages_.empty()) {
+      ++result.shortage;
+      return -1;
+    }
+    const int32_t page = free_pages_.back();
+    free_pages_.pop_back();
+    pages_[page].streams = 1;
+    return page;
+  };
+  Row& row = streams_.at(step.stream);
+  const int64_t first = tokens.first / page_size_, last = (tokens.second - 1) / page_size_;
+  auto entry = row.begin() + (find(row, first) - row.cbegin());
+  for (int64_t logical = first; logical <= last; ++logical, ++entry) {
+    const int64_t start = logical * page_size_;
+    if (entry == row.end() || entry->logical != logical) {
+      entry = row.insert(entry, {logical, take()});
+    } else if (must_copy(pages_[entry->page], std::max<int64_t>(0, tokens.first - start))) {
+      const int32_t old = entry->page;
+      entry->page = take();
+      const bool whole = tokens.first <= start && start + page_size_ <= tokens.second;
+      if (step.again || !whole) result.copies.emplace_back(old, entry->page);
+      --pages_[old].streams;
+      free_if_unused(old);
+    }
+  }
 }
 
-void PageTable::unpin(const std::vector<int32_t>& pages) {
-  for (const int32_t page : pages) release(page);
+bool PageTable::holds_any(const Entry& entry, const Ranges& tokens) const {
+  const int64_t start = entry.logical * page_size_, end = start + page_size_;
+  return std::any_of(tokens.begin(), tokens.end(),
+                     [&](Range range) { return std::max(range.first, start) < std::min(range.second, end); });
 }
 
-void PageTable::release(int32_t page) {
-  if (--references_.at(page) == 0) free_pages_.push_back(page);
+void PageTable::retain(int64_t stream, const Ranges& tokens) {
+  at(stream);
+  Row& row = streams_.at(stream);
+  // Last page first, so that the next tokens get the same pages in the same order.
+  for (auto entry = row.rbegin(); entry != row.rend(); ++entry)
+    if (!holds_any(*entry, tokens)) {
+      --pages_[entry->page].streams;
+      free_if_unused(entry->page);
+    }
+  row.erase(std::remove_if(row.begin(), row.end(), [&](const Entry& entry) { return !holds_any(entry, tokens); }),
+            row.end());
+}
+
+std::vector<int32_t> PageTable::row(int64_t stream) const {
+  std::vector<int32_t> pages;
+  for (const Entry& entry : at(stream)) pages.push_back(entry.page);
+  return pages;
+}
+
+void PageTable::copy_rows(const std::vector<int64_t>& streams, int32_t* table, int64_t stride) const {
+  for (const int64_t stream : streams) {
+    const Row& row = at(stream);
+    require(static_cast<int64_t>(row.size()) <= stride, "the table has " + std::to_string(stride) +
+                                                            " entries a row, but stream " + std::to_string(stream) +
+                                                            " has " + std::to_string(row.size()) + " pages");
+    std::transform(row.begin(), row.end(), table, [](const Entry& entry) { return entry.page; });
+    table += stride;
+  }
+}
+
+PageTable::Range PageTable::position(int64_t stream, Range tokens) const {
+  require_range(tokens);
+  const Row& row = at(stream);
+  if (tokens.first == tokens.second) return {0, 0};
+  const int64_t last = (tokens.second - 1) / page_size_, first = tokens.first / page_size_;
+  const auto found = find(row, last);
+  if (found == row.end() || found->logical != last) return {0, 0};
+  auto start = found;
+  while (start != row.begin() && start->logical > first && std::prev(start)->logical == start->logical - 1) --start;
+  const auto place = [&](Row::const_iterator entry, int64_t token) {
+    return (entry - row.begin()) * page_size_ + token - entry->logical * page_size_;
+  };
+  return {place(start, std::max(tokens.first, start->logical * page_size_)), place(found, tokens.second)};
+}
+
+int64_t PageTable::pin(const std::vector<int64_t>& streams, const std::vector<int64_t>& num_tokens) {
+  require(streams.size() == num_tokens.size(), "num_tokens has " + std::to_string(num_tokens.size()) +
+                                                   " entries, but must have " + std::to_string(streams.size()) +
+                                                   " like streams");
+  std::vector<int32_t> pinned;
+  for (size_t i = 0; i < streams.size(); ++i)
+    for (const Entry& entry : at(streams[i])) {
+      const int64_t slots = std::min(page_size_, num_tokens[i] - entry.logical * page_size_);
+      if (slots <= 0) continue;
+      Page& page = pages_[entry.page];
+      ++page.pins;
+      page.pinned_slots = std::max(page.pinned_slots, static_cast<int32_t>(slots));
+      pinned.push_back(entry.page);
+    }
+  readers_[next_reader_] = std::move(pinned);
+  return next_reader_++;
+}
+
+void PageTable::unpin(int64_t reader) {
+  const auto found = readers_.find(reader);
+  require(found != readers_.end(), "reader is " + std::to_string(reader) + ", but must be one that pinned pages");
+  for (const int32_t page : found->second) {
+    if (--pages_[page].pins == 0) pages_[page].pinned_slots = 0;
+    free_if_unused(page);
+  }
+  readers_.erase(found);
+}
+
+void PageTable::free_if_unused(int32_t page) {
+  if (pages_[page].streams == 0 && pages_[page].pins == 0) free_pages_.push_back(page);
 }
 
 }  // namespace selfforcing

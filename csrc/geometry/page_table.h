@@ -1,80 +1,110 @@
 // Which pages of a pool hold which tokens of which stream. Metadata only: keys and values are never moved; eviction
 // hands a page whose tokens are all out of sight to the newest tokens.
 #pragma once
-#include <array>
 #include <cstdint>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace selfforcing {
 
-// Token t of a stream belongs to its logical page t / page_size. A stream keeps the logical pages that hold sink tokens
-// for ever, and of the others a run that moves forward. Its row lists the pages of these logical pages in order; a
-// token's position is its place in that row: row index * page_size + t % page_size.
+// Token t of a stream belongs to its logical page t / page_size. A stream's row lists the pages of the logical pages
+// that it still holds, in order; a token's position is its place in that row: row index * page_size + t % page_size.
 //
-// A page that a reader still needs is pinned (one count per reader); a released page becomes free once nobody pins it.
+// Streams may share pages (fork). A page that a reader still needs is pinned; a page becomes free once no stream holds
+// it and no reader pins it. Before tokens are written, pages that others read there are replaced by copies.
 class PageTable {
  public:
-  static constexpr int32_t kNumSpans = 2;  // sink, window
-  // Visible positions, half-open, sorted, disjoint; an empty one has start == end.
-  using Spans = std::array<std::array<int64_t, 2>, kNumSpans>;
+  // Tokens [first, second).
+  using Range = std::pair<int64_t, int64_t>;
+  using Ranges = std::vector<Range>;  // sorted, disjoint
+  // Pages whose content must be copied: from first to second.
+  using Copies = std::vector<std::pair<int32_t, int32_t>>;
 
-  // Throws std::invalid_argument unless num_streams, page_size >= 1 and sink_tokens >= 0.
-  PageTable(int64_t num_streams, int64_t page_size, int64_t sink_tokens);
+  // What a stream does next: keep the pages that hold any of `kept`, write `written`. `again`: these tokens are there
+  // already and may be written in part only, in some layers before others.
+  struct Step {
+    int64_t stream;
+    Ranges kept;
+    Range written;
+    bool again;
+  };
+  struct Advanced {
+    int64_t shortage = 0;
+    Copies copies;
+  };
 
-  int64_t num_streams() const { return static_cast<int64_t>(streams_.size()); }
+  struct Stats {
+    int64_t used = 0;    // held by a stream
+    int64_t shared = 0;  // by more than one
+    int64_t pinned = 0;  // held by no stream any more, but by a reader
+  };
+
+  // Throws std::invalid_argument unless page_size >= 1.
+  explicit PageTable(int64_t page_size);
+
   int64_t page_size() const { return page_size_; }
-  int64_t num_pages() const { return static_cast<int64_t>(references_.size()); }
+  int64_t num_pages() const { return static_cast<int64_t>(pages_.size()); }
   int64_t num_free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
+  Stats stats() const;
 
   // Adds pages to the pool; their numbers follow those that are there.
   void add_pages(int64_t count);
 
-  // Pages that append(stream, num_tokens) would take from the free list.
-  int64_t pages_needed(int64_t stream, int64_t num_tokens) const;
+  // A new stream without tokens; its number is never given to another.
+  int64_t open();
+  // A new stream that holds the same pages.
+  int64_t fork(int64_t stream);
+  void close(int64_t stream);
 
-  // Makes room for the next tokens of a stream. Throws std::length_error when the free pages do not suffice; nothing is
-  // changed then.
-  void append(int64_t stream, int64_t num_tokens);
+  // Gives streams pages for tokens that nobody else reads: new ones, and copies of those that are shared or, in these
+  // tokens, pinned; before that, gives back the pages that they do not keep. Either all of it is done, or nothing and
+  // `shortage` says how many free pages are missing.
+  Advanced advance(const std::vector<Step>& steps);
 
-  // Pages that release_before(stream, first_visible) would make free.
-  int64_t releasable(int64_t stream, int64_t first_visible) const;
+  // Gives back a stream's pages that hold none of these tokens.
+  void retain(int64_t stream, const Ranges& tokens);
 
-  // Forgets the tokens before `first_visible` that are not in the sink; pages that hold no others are released.
-  void release_before(int64_t stream, int64_t first_visible);
-
-  // Forgets every token of every stream.
-  void clear();
-
-  int64_t num_tokens(int64_t stream) const { return at(stream).num_tokens; }
   // A stream's row.
-  const std::vector<int32_t>& pages(int64_t stream) const { return at(stream).row; }
-  int64_t position(int64_t stream, int64_t token) const;
+  std::vector<int32_t> row(int64_t stream) const;
+  int64_t row_length(int64_t stream) const { return static_cast<int64_t>(at(stream).size()); }
+  // Rows of several streams into a table with `stride` entries a row, which must not be shorter.
+  void copy_rows(const std::vector<int64_t>& streams, int32_t* table, int64_t stride) const;
 
-  // For each entry of `first_visible` the positions of a stream's tokens [0, num_tokens) that are in the sink or not
-  // before it. Tokens whose page was released are left out.
-  std::vector<Spans> spans(int64_t stream, const std::vector<int64_t>& first_visible, int64_t num_tokens) const;
+  // Where tokens stand. Of tokens that are not all held, those that are held up to the end; none: an empty span.
+  Range position(int64_t stream, Range tokens) const;
 
-  // A reader of pages: they are not handed out again until unpin() was called as often as pin().
-  void pin(const std::vector<int32_t>& pages);
-  void unpin(const std::vector<int32_t>& pages);
+  // A reader of the tokens [0, num_tokens) of a stream, as far as it holds them; returns the number to unpin.
+  int64_t pin(const std::vector<int64_t>& streams, const std::vector<int64_t>& num_tokens);
+  void unpin(int64_t reader);
 
  private:
-  struct Stream {
-    std::vector<int32_t> row;
-    int64_t num_tokens = 0;
-    int64_t num_released = 0;  // logical pages after the sink's that were given back
+  struct Page {
+    int32_t streams = 0, pins = 0;
+    int32_t pinned_slots = 0;  // the slots before this one may be read by those who pin the page
   };
+  struct Entry {
+    int64_t logical;
+    int32_t page;
+  };
+  using Row = std::vector<Entry>;  // sorted by logical page
 
-  const Stream& at(int64_t stream) const;
-  // Pages of a row, after the sink's, that hold only tokens before `first_visible`.
-  int64_t pages_before(const Stream& stream, int64_t first_visible) const;
-  void release(int32_t page);
+  const Row& at(int64_t stream) const;
+  static Row::const_iterator find(const Row& row, int64_t logical);
+  // Prepares one stream's write; a page that is missing is counted instead of taken.
+  void prepare_write(const Step& step, Advanced& result);
+  // Whether a stream may not write the slots from `first_slot` on of a page that it holds.
+  bool must_copy(const Page& page, int64_t first_slot) const {
+    return page.streams > 1 || (page.pins > 0 && first_slot < page.pinned_slots);
+  }
+  bool holds_any(const Entry& entry, const Ranges& tokens) const;
+  void free_if_unused(int32_t page);
 
   int64_t page_size_;
-  int64_t sink_tokens_;
-  int64_t sink_pages_;
-  std::vector<Stream> streams_;
-  std::vector<int32_t> references_;  // per page: one for the stream that holds it, one per pin
+  std::unordered_map<int64_t, Row> streams_;
+  std::unordered_map<int64_t, std::vector<int32_t>> readers_;
+  int64_t next_stream_ = 0, next_reader_ = 0;
+  std::vector<Page> pages_;
   std::vector<int32_t> free_pages_;  // the last is taken first
 };
 

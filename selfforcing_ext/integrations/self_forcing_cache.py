@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from selfforcing_ext.attention import Past, attention_over_spans, full_table, span_records
 from selfforcing_ext.kv_cache import KVCacheView, PagedKVCache
+from selfforcing_ext.mask import visible_past
 
 DICT_KEYS = ("k", "v", "global_end_index", "local_end_index")
 
@@ -53,8 +54,8 @@ class LayerCache(dict[str, Any]):
         if key not in ("k", "v"):
             raise KeyError(key)
         cache = self._layers.cache
-        pools = cache._k_pages if key == "k" else cache._v_pages
-        return self._layers.gather(pools[self._layer])
+        pages = cache.pool.layers[self._layer]
+        return self._layers.gather(pages.k_pages if key == "k" else pages.v_pages)
 
     @property
     def frame_seqlen(self) -> int:
@@ -109,16 +110,11 @@ class _Layers:
 
     def gather(self, pool: Tensor) -> Tensor:
         """The kept tokens of one of the cache's pools in order, [B, tokens, H, D]: a copy."""
-        cache, table = self.cache, self.cache._table
+        cache = self.cache
         num_frames = cache.num_frames + self.num_pending_frames
-        first_visible = 0 if cache.window_frames is None else num_frames - (cache.window_frames - cache.sink_frames)
-        first_token, num_tokens = max(0, first_visible) * cache.frame_seqlen, num_frames * cache.frame_seqlen
-        streams = []
-        for stream in range(cache.batch_size):
-            tokens = pool[table.pages(stream)].flatten(0, 1)
-            spans = table.spans(stream, [first_token], num_tokens)[0]
-            streams.append(torch.cat([tokens[start:end] for start, end in spans]))
-        return torch.stack(streams)
+        kept = visible_past(num_frames, num_frames, cache.window_frames, cache.sink_frames)
+        places = (stream.places(kept) for stream in cache.streams)
+        return torch.stack([pool[pages, slots] for pages, slots in places])
 
     def _go_to(self, start_frame: int, num_frames: int) -> None:
         """Makes ``start_frame`` the next block's first frame."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from selfforcing_ext.mask import Interval, SpanTable, make_span_table
+from selfforcing_ext.intervals import Interval
+from selfforcing_ext.mask import SpanTable, make_span_table
 
 #: A query that sees more runs of keys than this is taken for one of a mask that has no span form.
 MAX_SPANS = 16

@@ -19,7 +19,7 @@ from python_ref.tutorial.algorithm.style import (
     save,
 )
 from selfforcing_ext.library import PageTable
-from selfforcing_ext.mask import check_window
+from selfforcing_ext.mask import check_window, visible_past
 
 
 @in_tutorial_style
@@ -83,16 +83,16 @@ def blocks_by_page(num_blocks: int, window_blocks: int | None, sink_blocks: int)
         num_blocks: turns.
         window_blocks, sink_blocks: how much stays visible, the turn's own block and the sink included in the window.
     """
-    table = PageTable(1, 1, sink_blocks)
+    table = PageTable(page_size=1)
     table.add_pages(num_blocks if window_blocks is None else window_blocks)
+    stream = table.open()
     names: dict[int, int] = {}  # pages are numbered as they come into use
     history = []
     for block in range(num_blocks):
-        first = 0 if window_blocks is None else max(0, block + 1 - (window_blocks - sink_blocks))
-        table.release_before(0, first)
-        table.append(0, 1)
-        kept = [other for other in range(block + 1) if other < sink_blocks or other >= first]
-        pages = [names.setdefault(page, len(names)) for page in table.pages(0)]
+        visible = visible_past(block, block + 1, window_blocks, sink_blocks)
+        table.advance([(stream, visible, (block, block + 1), False)])
+        kept = [other for span in visible for other in range(*span)] + [block]
+        pages = [names.setdefault(page, len(names)) for page in table.row(stream)]
         history.append(dict(zip(pages, kept, strict=True)))
     return history
 
