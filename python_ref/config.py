@@ -217,7 +217,8 @@ class SelfForcingConfig:
     """Training on the model's own videos (Self-Forcing, arXiv 2506.08009, algorithm 1, and its relatives)."""
 
     init: str = "outputs/demo/causal.safetensors"  # the generator
-    teacher: str = "assets/teacher.safetensors"  # the real score; the critic starts from it too
+    teacher: str = "assets/teacher.safetensors"  # the real score
+    critic_init: str = ""  # what the critic starts from; left out: the teacher
     steps: int = 400
     batch_size: int = 16
     accumulate: int = 1  # batches per optimizer step, of the generator and of the critic

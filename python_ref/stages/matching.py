@@ -28,8 +28,9 @@ class Matching(Protocol):
 
 
 def make_matching(config: Config, network: CaptionedModel) -> Matching:
-    """What `config.self_forcing.objective` names. The critic starts from the teacher."""
-    critic = CaptionedModel.load(config.self_forcing.teacher, causal=False, backend=config.backend).model
+    """What `config.self_forcing.objective` names."""
+    start = config.self_forcing.critic_init or config.self_forcing.teacher
+    critic = CaptionedModel.load(start, causal=False, backend=config.backend).model
     critic.checkpoint_layers = config.checkpoint_activations
     kind = AdversarialMatching if config.self_forcing.objective == "gan" else ScoreMatching
     return kind(config, network, critic)
