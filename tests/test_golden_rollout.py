@@ -24,11 +24,6 @@ WIDE_ROLLOUTS = files("wide/e_rollout/")
 WIDE_INFERENCES = files("wide/g_inference/")
 
 
-def ways_of(backend):
-    """The ways of treating the cache that a backend has."""
-    return CACHE_GRADIENTS if backend == "reference" else ("constant",)
-
-
 def load_generator(backend):
     weights = {key.removeprefix("params."): tensor for key, tensor in load("rollout_params").items()}
     return model(CausalWanModel, "rollout_params", weights, backend)
@@ -41,7 +36,7 @@ def test_rollout(name, backend, checkpoint_activations):
     entry, tensors = parameters(name), load(name)
     options = entry["options"]
     generator = load_generator(backend)
-    for cache_gradient in ways_of(backend):
+    for cache_gradient in CACHE_GRADIENTS:
         pipeline = SelfForcingTrainingPipeline(
             generator,
             FlowMatchSchedule(parameters("rollout_params")["timestep_shift"]),
@@ -74,7 +69,7 @@ def test_wide_rollout(name, backend):
     options = entry["params"]
     generator = wide_model(CausalWanModel, entry["model"], backend)
     prefixes = {"constant": "grad_detached.", "exit_step": "grad."}
-    for cache_gradient in ways_of(backend):
+    for cache_gradient in CACHE_GRADIENTS:
         if cache_gradient not in prefixes:
             continue
         pipeline = SelfForcingTrainingPipeline(

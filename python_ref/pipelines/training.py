@@ -68,8 +68,7 @@ class SelfForcingTrainingPipeline:
             backpropagation through time.
 
     Raises:
-        ValueError: an unknown ``cache_gradient`` or one that the generator's backend does not have, or denoising steps
-            that do not fall.
+        ValueError: an unknown ``cache_gradient``, or denoising steps that do not fall.
     """
 
     def __init__(
@@ -90,10 +89,6 @@ class SelfForcingTrainingPipeline:
     ) -> None:
         if cache_gradient not in CACHE_GRADIENTS:
             raise ValueError(f"cache_gradient is {cache_gradient!r}, but must be one of {CACHE_GRADIENTS}")
-        if cache_gradient != "constant" and generator.ops.name == "ext":
-            raise ValueError(
-                f"cache_gradient is {cache_gradient!r}, but backend 'ext' has only 'constant': use backend 'reference'"
-            )
         self.generator = generator
         self.schedule = schedule
         self.timesteps, self.sigmas = denoising_table(schedule, denoising_steps)
