@@ -43,6 +43,9 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     default: return torch::headeronly::toString(type);
   }
 }

@@ -1,4 +1,5 @@
-"""Every instruction set that this machine has passes parity tests of the elementwise ops, each in its own process."""
+"""Every instruction set that this machine has passes parity tests of the elementwise ops and of quantised writes, each
+in its own process."""
 
 import os
 import subprocess
@@ -19,7 +20,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 USE = "import torch, selfforcing_ext as ext; x = torch.ones(1, 1, 1, 1, 1); ext.add_noise(x, x, x[0, 0, 0])"
-SOME_TESTS = "parity and float16 and strided and not planes and not last"  # matches bfloat16, too
+SOME_TESTS = "parity and float16 and strided and not planes and not last or quantised_bits"  # matches bfloat16, too
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
@@ -28,7 +29,7 @@ def test_parity(isa):
     if CANNOT in probe.stderr:
         pytest.skip(f"this machine lacks {isa}")
     assert probe.returncode == 0, probe.stderr
-    files = [str(FOLDER / f"test_{op}.py") for op in ("rope", "denoise", "modulate")]
+    files = [str(FOLDER / f"test_{op}.py") for op in ("rope", "denoise", "modulate", "kv_cache_write")]
     tests = run(isa, "-m", "pytest", "-q", "-k", SOME_TESTS, "-p", "no:cacheprovider", *files)
     assert tests.returncode == 0, tests.stdout[-4000:]
 

@@ -68,6 +68,14 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     pages = torch.zeros(5, 4, 2, 8), torch.zeros(5, 4, 2, 8)
     where = _int32([[3, 1], [0, 4]]), _int32([1, 2])
     yield "kv_cache_write", "", (*pages, *where, torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8))
+    # Not float8_e4m3fn, with which opcheck itself cannot compute.
+    for storage, dim, groups in ((torch.int8, 64, 1), (torch.uint8, 32, 2)):
+        pages = [torch.zeros(5, 4, 2, dim, dtype=storage) for _ in range(2)]
+        scales = [torch.zeros(5, 4, 2, groups, dtype=torch.bfloat16) for _ in range(2)]
+        block = torch.randn(2, 2, 6, 2, 64).unbind()
+        for offset in (None, torch.randn(2, 64)):
+            name = f"{storage}{'' if offset is None else ' offset'}"
+            yield "kv_cache_write", name, (*pages, *where, *block, *scales, offset)
     yield "kv_cache_position", "", (_int32([3]),)
     yield "kv_cache_pin", "", (CACHE._page_table, CACHE._past_spans, CACHE._handle)
 

@@ -59,33 +59,33 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
     statistics[i] = read_statistics(params, first_row, row, row < queries.count);
   }
 
+  const KeySource<float> k_source{params, place.stream, place.kv_head, false};
+  const KeySource<float> v_source{params, place.stream, place.kv_head, true};
   const float scale_log2 = params.softmax_scale * kLog2E;
   Accumulator<Tile::kQueries, kHeadDim> grad_q;
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
   key_tiles.prepend(params.past, place.stream, place.kv_head);
   for (ColumnTile keys; key_tiles.next(keys);) {
     Fetch<Tile::kKeys, kHeadDim> fetch;
-    fetch.load(keys.in_past ? paged_rows<float>(params.past, true, place.stream, place.kv_head)
-                            : head_rows<const float>(params.v, place.stream, place.kv_head),
-               keys.start, keys.count, params.head_dim);
+    fetch.load(v_source, keys, params.head_dim);
     __syncthreads();  // the keys of the tile before are used up
-    fetch.store(kv_tile);
+    fetch.store(kv_tile, v_source, keys, params.head_dim);
     __syncthreads();
-    fetch.load(keys.in_past ? paged_rows<float>(params.past, false, place.stream, place.kv_head)
-                            : head_rows<const float>(params.k, place.stream, place.kv_head),
-               keys.start, keys.count, params.head_dim);
+    fetch.load(k_source, keys, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> grad, scores;
     multiply<kHeadDim>(grad, grad_out_tile, kv_tile, params.head_dim);  // of the probabilities
     __syncthreads();                                                    // the values are used up
-    fetch.store(kv_tile);
+    fetch.store(kv_tile, k_source, keys, params.head_dim);
     __syncthreads();
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
+    const float bias_log2 = keys.bias_log2();
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const bool visible = thread_x() + j * kRowThreads < keys.count;
-        const float probability = visible ? exp2f(scores.at[i][j] * scale_log2 - statistics[i].lse_log2) : 0.0f;
+        const float score = scores.at[i][j] * scale_log2 + (bias_log2 - statistics[i].lse_log2);
+        const float probability = visible ? exp2f(score) : 0.0f;
         grad.at[i][j] = probability * (grad.at[i][j] - statistics[i].delta);
       }
     share(grad, grad_scores);
@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
 }
 
 // Rows are keys and columns queries here. A K/V head gathers from all query heads that read it, one after the other.
+// The first `past_tiles` thread blocks in x take tiles of the past, which every query of the call sees.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kTwoBlocks) float32_grad_kv_kernel(const AttentionBackwardParams params) {
+__global__ void __launch_bounds__(kThreads, kTwoBlocks)
+    float32_grad_kv_kernel(const AttentionBackwardParams params, unsigned past_tiles) {
   using Tile = Float32GradKVTile<kHeadDim>;
   constexpr int kM = Tile::kKeys / kRowThreads, kN = Tile::kQueries / kRowThreads;
   SELFFORCING_DYNAMIC_SHARED(shared);
@@ -110,24 +112,26 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) float32_grad_kv_kernel(c
   float* const grad_out_tile = q_tile + tile_floats(Tile::kQueries, kHeadDim);
   float* const weights = grad_out_tile + tile_floats(Tile::kQueries, kHeadDim);
 
-  const RowTile keys =
-      find_row_tile<Tile::kKeys>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
-  if (keys.count <= 0) return;
   const int32_t kv_head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
+  const KeyTile keys = find_key_tile<Tile::kKeys>(params, stream, kv_head, past_tiles);
+  if (keys.rows.count <= 0) return;
+  const KeySource<float> k_source{params, stream, kv_head, false}, v_source{params, stream, kv_head, true};
 
   {
     Fetch<Tile::kKeys, kHeadDim> fetch;
-    fetch.load(head_rows<const float>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
-    fetch.store(k_tile);
-    fetch.load(head_rows<const float>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
-    fetch.store(v_tile);
+    fetch.load(k_source, keys.rows, params.head_dim);
+    fetch.store(k_tile, k_source, keys.rows, params.head_dim);
+    fetch.load(v_source, keys.rows, params.head_dim);
+    fetch.store(v_tile, v_source, keys.rows, params.head_dim);
   }
 
-  const float scale_log2 = params.softmax_scale * kLog2E;
+  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = keys.rows.bias_log2();
   Accumulator<Tile::kKeys, kHeadDim> grad_k, grad_v;
   for (int32_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
-    ColumnTiles<Tile::kQueries> query_tiles(params.query_spans, keys.block, params.num_queries);
+    ColumnTiles<Tile::kQueries> query_tiles =
+        keys.rows.in_past() ? ColumnTiles<Tile::kQueries>(params.num_queries)
+                            : ColumnTiles<Tile::kQueries>(params.query_spans, keys.block, params.num_queries);
     for (ColumnTile queries; query_tiles.next(queries);) {
       Fetch<Tile::kQueries, kHeadDim> q_fetch, grad_out_fetch;
       q_fetch.load(head_rows<const float>(params.q, stream, head), queries.start, queries.count, params.head_dim);
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) float32_grad_kv_kernel(c
       for (int i = 0; i < kM; ++i)
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
-          probabilities.at[i][j] = exp2f(probabilities.at[i][j] * scale_log2 - statistics[j].lse_log2);
+          probabilities.at[i][j] = exp2f(probabilities.at[i][j] * scale_log2 + (bias_log2 - statistics[j].lse_log2));
           grad.at[i][j] = probabilities.at[i][j] * (grad.at[i][j] - statistics[j].delta);
         }
       share(probabilities, weights);
@@ -163,8 +167,13 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks) float32_grad_kv_kernel(c
 
 #pragma unroll
   for (int i = 0; i < kM; ++i) grad_k.scale(i, params.softmax_scale);
-  grad_k.store(head_rows<float>(params.grad_k, stream, kv_head), keys.start, keys.count, params.head_dim);
-  grad_v.store(head_rows<float>(params.grad_v, stream, kv_head), keys.start, keys.count, params.head_dim);
+  if (keys.rows.in_past()) {
+    grad_k.add_to_past(params, k_source, keys.rows);
+    grad_v.add_to_past(params, v_source, keys.rows);
+    return;
+  }
+  grad_k.store(head_rows<float>(params.grad_k, stream, kv_head), keys.rows.start, keys.rows.count, params.head_dim);
+  grad_v.store(head_rows<float>(params.grad_v, stream, kv_head), keys.rows.start, keys.rows.count, params.head_dim);
 }
 
 template <int kHeadDim>
@@ -178,10 +187,11 @@ int32_t launch_float32_backward(const AttentionBackwardParams& params) {
                                         params.stream, params))
     return error;
   using KVTile = Float32GradKVTile<kHeadDim>;
-  const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kKeys),
+  const unsigned past_tiles = max_past_tiles(params, KVTile::kKeys);
+  const dim3 kv_grid(past_tiles + max_row_tiles(params.num_keys, params.query_spans, KVTile::kKeys),
                      static_cast<unsigned>(params.num_kv_heads), batch);
   return ptx::launch(float32_grad_kv_kernel<kHeadDim>, kv_grid, dim3(kThreads), KVTile::kSharedBytes, params.stream,
-                     params);
+                     params, past_tiles);
 }
 
 }  // namespace selfforcing::attention_cuda

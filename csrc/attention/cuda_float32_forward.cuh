@@ -26,10 +26,11 @@ struct RunningSoftmax {
   }
 };
 
-// Turns scores into probabilities relative to the running maximum and rescales what was summed under the old one.
+// Turns scores, to all of which the bias is added, into probabilities relative to the running maximum and rescales what
+// was summed under the old one.
 template <int kQueries, int kKeys, int kHeadDim>
 __device__ __forceinline__ void update_softmax(Scores<kQueries, kKeys>& scores, int32_t num_keys, float scale_log2,
-                                               RunningSoftmax<kQueries / kRowThreads>& softmax,
+                                               float bias_log2, RunningSoftmax<kQueries / kRowThreads>& softmax,
                                                Accumulator<kQueries, kHeadDim>& out) {
   using Tile = Scores<kQueries, kKeys>;
 #pragma unroll
@@ -38,7 +39,7 @@ __device__ __forceinline__ void update_softmax(Scores<kQueries, kKeys>& scores, 
 #pragma unroll
     for (int j = 0; j < Tile::kN; ++j) {
       const bool visible = thread_x() + j * kRowThreads < num_keys;
-      scores.at[i][j] = visible ? scores.at[i][j] * scale_log2 : -INFINITY;
+      scores.at[i][j] = visible ? fmaf(scores.at[i][j], scale_log2, bias_log2) : -INFINITY;
       maximum = fmaxf(maximum, scores.at[i][j]);
     }
     maximum = row_max(maximum);
@@ -74,6 +75,8 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_forward_kernel(co
                params.head_dim);
   q_fetch.store(q_tile);
 
+  const KeySource<float> k_source{params, place.stream, place.kv_head, false};
+  const KeySource<float> v_source{params, place.stream, place.kv_head, true};
   const float scale_log2 = params.softmax_scale * kLog2E;
   RunningSoftmax<Tile::kQueries / kRowThreads> softmax;
   Accumulator<Tile::kQueries, kHeadDim> out;
@@ -81,21 +84,17 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_forward_kernel(co
   key_tiles.prepend(params.past, place.stream, place.kv_head);
   for (ColumnTile keys; key_tiles.next(keys);) {
     Fetch<Tile::kKeys, kHeadDim> fetch;
-    fetch.load(keys.in_past ? paged_rows<float>(params.past, false, place.stream, place.kv_head)
-                            : head_rows<const float>(params.k, place.stream, place.kv_head),
-               keys.start, keys.count, params.head_dim);
+    fetch.load(k_source, keys, params.head_dim);
     __syncthreads();  // the values of the tile before are used up
-    fetch.store(kv_tile);
+    fetch.store(kv_tile, k_source, keys, params.head_dim);
     __syncthreads();
-    fetch.load(keys.in_past ? paged_rows<float>(params.past, true, place.stream, place.kv_head)
-                            : head_rows<const float>(params.v, place.stream, place.kv_head),
-               keys.start, keys.count, params.head_dim);
+    fetch.load(v_source, keys, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> scores;
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
-    update_softmax(scores, keys.count, scale_log2, softmax, out);
+    update_softmax(scores, keys.count, scale_log2, keys.bias_log2(), softmax, out);
     share(scores, probabilities);
     __syncthreads();  // the keys are used up
-    fetch.store(kv_tile);
+    fetch.store(kv_tile, v_source, keys, params.head_dim);
     __syncthreads();
     out.template add<Tile::kKeys>(probabilities, kv_tile, keys.count);
   }

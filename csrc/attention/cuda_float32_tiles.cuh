@@ -5,7 +5,7 @@
 // x + 16 j; of an accumulator as wide as the head the columns 4 x + 64 c to 4 x + 64 c + 3. A row's sixteen threads are
 // half a warp, so sums along a row are shuffles and a row's weights need no block barrier.
 #pragma once
-#include "cuda_rows.cuh"
+#include "cuda_past.cuh"
 
 namespace selfforcing::attention_cuda {
 
@@ -53,8 +53,24 @@ class Fetch {
 
   __device__ __forceinline__ void store(float* tile) const {
 #pragma unroll
+    for (int i = 0; i < kVectors; ++i) *vector(tile, i) = bits_[i];
+  }
+
+  // The same of keys or values.
+  __device__ __forceinline__ void load(const KeySource<float>& source, const ColumnTile& keys, int32_t head_dim) {
+    if (source.quantised(keys))
+      load_bytes(source, keys, head_dim);
+    else
+      load(source.rows(keys), keys.start, keys.count, head_dim);
+  }
+  __device__ __forceinline__ void store(float* tile, const KeySource<float>& source, const ColumnTile& keys,
+                                        int32_t head_dim) const {
+    store(tile);
+    if (!source.coded(keys)) return;
+#pragma unroll 1
     for (int i = 0; i < kVectors; ++i)
-      *reinterpret_cast<uint4*>(tile + row_of(i) * row_stride(kHeadDim) + column_of(i)) = bits_[i];
+      if (row_of(i) < keys.count && column_of(i) < head_dim)
+        *vector(tile, i) = source.decode(*vector(tile, i), keys, row_of(i), column_of(i));
   }
 
  private:
@@ -67,6 +83,25 @@ class Fetch {
   }
   __device__ __forceinline__ static int column_of(int i) {
     return (static_cast<int>(threadIdx.x) + i * kThreads) % kPerRow * kVector<float>;
+  }
+  __device__ __forceinline__ static uint4* vector(float* tile, int i) {
+    return reinterpret_cast<uint4*>(tile + row_of(i) * row_stride(kHeadDim) + column_of(i));
+  }
+
+  // Quantised rows: a vector's four bytes at its start.
+  __device__ __forceinline__ void load_bytes(const KeySource<float>& source, const ColumnTile& keys, int32_t head_dim) {
+    const Rows<const uint8_t> rows = source.bytes();
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int row = row_of(i), column = column_of(i);
+      bits_[i] = {0, 0, 0, 0};
+      if (row >= keys.count || column >= head_dim) continue;
+      const uint8_t* bytes = rows.at(keys.start + row) + source.byte_of(column);
+      if (rows.aligned)
+        bits_[i].x = *reinterpret_cast<const unsigned*>(bytes);
+      else
+        memcpy(&bits_[i].x, bytes, sizeof(unsigned));
+    }
   }
 
   uint4 bits_[kVectors];
@@ -165,20 +200,35 @@ class Accumulator {
 
   // Writes the first `count` rows, and `head_dim` columns of each.
   __device__ __forceinline__ void store(const Rows<float>& rows, int32_t start, int32_t count, int32_t head_dim) const {
+    visit(count, head_dim, [&](int row, int column, const float (&sums)[kWide]) {
+      ptx::store_vector(rows.at(start + row) + column, ptx::pack<float>(sums), rows.aligned);
+    });
+  }
+
+  // Adds them to the gradients of the keys or values that the rows are, if they lie in the past.
+  __device__ __forceinline__ void add_to_past(const AttentionBackwardParams& params, const KeySource<float>& source,
+                                              const ColumnTile& keys) const {
+    visit(keys.count, params.head_dim, [&](int row, int column, const float (&sums)[kWide]) {
+      add_past_gradient(params, source, keys, row, column, sums);
+    });
+  }
+
+ private:
+  // Calls use(row, column, sums) for the sums that this thread has side by side.
+  template <typename Use>
+  __device__ __forceinline__ void visit(int32_t count, int32_t head_dim, const Use& use) const {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
       const int row = thread_y() + i * kRowThreads;
       if (row >= count) continue;
-      float* target = rows.at(start + row);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int column = thread_x() * kWide + c * kWide * kRowThreads;
-        if (column < head_dim) ptx::store_vector(target + column, ptx::pack<float>(sum_[i][c]), rows.aligned);
+        if (column < head_dim) use(row, column, sum_[i][c]);
       }
     }
   }
 
- private:
   static constexpr int kM = kRows / kRowThreads, kChunks = kHeadDim / (kWide * kRowThreads);
   float sum_[kM][kChunks][kWide] = {};
 };

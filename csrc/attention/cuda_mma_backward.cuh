@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
     statistics[i] = read_statistics(params, row_of_tile, row, row < queries.count);
   }
 
+  const auto source = [&](bool values) { return KeySource<T>{params, place.stream, place.kv_head, values}; };
   const float scale_log2 = params.softmax_scale * kLog2E;
   Fragments<1, kHeadDim / kFragmentColumns> grad_q;
   ColumnTiles<Tile::kColumns> key_tiles(params.spans, queries.block, params.num_keys);
@@ -61,19 +62,18 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
   stream_tiles<Tile::kStages, ColumnTile>(
       [&](ColumnTile& keys) { return key_tiles.next(keys); },
       [&](const ColumnTile& keys, int stage) {
-        const auto copy = [&](bool values) {
-          key_tile(stage, values)
-              .copy(keys.in_past ? paged_rows<T>(params.past, values, place.stream, place.kv_head)
-                                 : head_rows<const T>(values ? params.v : params.k, place.stream, place.kv_head),
-                    keys.start, keys.count, params.head_dim);
-        };
-        copy(false);
-        copy(true);
+        key_tile(stage, false).copy(source(false), keys, params.head_dim);
+        key_tile(stage, true).copy(source(true), keys, params.head_dim);
+      },
+      [&](const ColumnTile& keys, int stage) {
+        key_tile(stage, false).decode(source(false), keys, params.head_dim);
+        key_tile(stage, true).decode(source(true), keys, params.head_dim);
       },
       [&](const ColumnTile& keys, int stage) {
         Fragments<1, kN> scores, grad;
         multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
         multiply_transposed(grad, grad_out_tile, first_row, key_tile(stage, true));  // of the probabilities
+        const float bias_log2 = keys.bias_log2();
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               const bool visible = column_in_fragments(n, j) < keys.count;
-              const float score = fmaf(scores.at[0][n][2 * i + j], scale_log2, -statistics[i].lse_log2);
+              const float score = fmaf(scores.at[0][n][2 * i + j], scale_log2, bias_log2 - statistics[i].lse_log2);
               const float probability = visible ? ptx::fast_exp2(score) : 0.0f;
               grad.at[0][n][2 * i + j] = probability * (grad.at[0][n][2 * i + j] - statistics[i].delta);
             }
@@ -91,13 +91,32 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
              queries.count, params.head_dim);
 }
 
+// Adds factor * sums, a warp's rows of a tile of the past, to the pages of gradients.
+template <typename T, int kD>
+__device__ __forceinline__ void add_past_rows(const Fragments<1, kD>& sums, float factor, const KeySource<T>& source,
+                                              const AttentionBackwardParams& params, const ColumnTile& tile) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp() * kFragmentRows + row_in_fragment(i);
+    if (row >= tile.count) continue;
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+      if (d * kFragmentColumns >= params.head_dim) continue;
+      const float grads[2] = {sums.at[0][d][2 * i] * factor, sums.at[0][d][2 * i + 1] * factor};
+      add_past_gradient(params, source, tile, row, column_in_fragments(d, 0), grads);
+    }
+  }
+}
+
 // Which of its gradients a launch of mma_grad_kv_kernel computes: where one thread cannot hold the sums of both, a
 // launch each.
 enum class GradsOf { keys, values, both };
 
 // Rows are keys and columns queries here. A K/V head gathers from all query heads that read it, one after the other.
+// The first `past_tiles` thread blocks in x take tiles of the past, which every query of the call sees.
 template <typename T, int kHeadDim, GradsOf kGrads>
-__global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(const AttentionBackwardParams params) {
+__global__ void __launch_bounds__(kMmaThreads, kOneBlock)
+    mma_grad_kv_kernel(const AttentionBackwardParams params, unsigned past_tiles) {
   using Tile = MmaGradKVTile<T, kHeadDim>;
   constexpr int kN = Tile::kColumns / kFragmentColumns;
   constexpr bool kKeys = kGrads != GradsOf::values, kValues = kGrads != GradsOf::keys;
@@ -108,23 +127,31 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(con
     return typename Tile::ColumnsTile(stages + (2 * stage + grad) * Tile::ColumnsTile::kBytes);
   };
 
-  const RowTile keys =
-      find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x));
-  if (keys.count <= 0) return;
   const int32_t kv_head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
-  k_tile.copy(head_rows<const T>(params.k, stream, kv_head), keys.start, keys.count, params.head_dim);
-  v_tile.copy(head_rows<const T>(params.v, stream, kv_head), keys.start, keys.count, params.head_dim);
+  const KeyTile keys = find_key_tile<Tile::kRows>(params, stream, kv_head, past_tiles);
+  if (keys.rows.count <= 0) return;
+  const KeySource<T> k_source{params, stream, kv_head, false}, v_source{params, stream, kv_head, true};
+  k_tile.copy(k_source, keys.rows, params.head_dim);
+  v_tile.copy(v_source, keys.rows, params.head_dim);
+  if (keys.rows.in_past()) {
+    ptx::commit_copies();
+    ptx::wait_for_copies<0>();
+    k_tile.decode(k_source, keys.rows, params.head_dim);
+    v_tile.decode(v_source, keys.rows, params.head_dim);
+  }
 
   struct QueryTile {
     int32_t head;
     ColumnTile queries;
   };
   int32_t head = kv_head * heads_per_kv_head;
-  const ColumnTiles<Tile::kColumns> tiles_of_a_head(params.query_spans, keys.block, params.num_queries);
+  const ColumnTiles<Tile::kColumns> tiles_of_a_head =
+      keys.rows.in_past() ? ColumnTiles<Tile::kColumns>(params.num_queries)
+                          : ColumnTiles<Tile::kColumns>(params.query_spans, keys.block, params.num_queries);
   ColumnTiles<Tile::kColumns> query_tiles = tiles_of_a_head;
 
-  const float scale_log2 = params.softmax_scale * kLog2E;
+  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = keys.rows.bias_log2();
   const int first_row = warp() * kFragmentRows;
   Fragments<1, kHeadDim / kFragmentColumns> grad_k, grad_v;
   stream_tiles<Tile::kStages, QueryTile>(
@@ -144,6 +171,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(con
             .copy(head_rows<const T>(params.grad_out, stream, tile.head), tile.queries.start, tile.queries.count,
                   params.head_dim);
       },
+      [](const QueryTile&, int) {},  // queries are stored as the products take them
       [&](const QueryTile& tile, int stage) {
         const int64_t row_of_tile = row_of_head(params, stream, tile.head) + tile.queries.start;
         Fragments<1, kN> probabilities, grad;
@@ -158,7 +186,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(con
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               float& probability = probabilities.at[0][n][2 * i + j];
-              probability = ptx::fast_exp2(fmaf(probability, scale_log2, -statistics.lse_log2));
+              probability = ptx::fast_exp2(fmaf(probability, scale_log2, bias_log2 - statistics.lse_log2));
               if constexpr (kKeys)
                 grad.at[0][n][2 * i + j] = probability * (grad.at[0][n][2 * i + j] - statistics.delta);
             }
@@ -166,11 +194,16 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_kv_kernel(con
         if constexpr (kValues) add_product(grad_v, probabilities, query_tile(stage, true));
         if constexpr (kKeys) add_product(grad_k, grad, query_tile(stage, false));
       });
+  if (keys.rows.in_past()) {
+    if constexpr (kKeys) add_past_rows(grad_k, params.softmax_scale, k_source, params, keys.rows);
+    if constexpr (kValues) add_past_rows(grad_v, 1.0f, v_source, params, keys.rows);
+    return;
+  }
   if constexpr (kKeys)
-    store_rows(grad_k, params.softmax_scale, k_tile, head_rows<T>(params.grad_k, stream, kv_head), keys.start,
-               keys.count, params.head_dim);
+    store_rows(grad_k, params.softmax_scale, k_tile, head_rows<T>(params.grad_k, stream, kv_head), keys.rows.start,
+               keys.rows.count, params.head_dim);
   if constexpr (kValues)
-    store_rows(grad_v, 1.0f, v_tile, head_rows<T>(params.grad_v, stream, kv_head), keys.start, keys.count,
+    store_rows(grad_v, 1.0f, v_tile, head_rows<T>(params.grad_v, stream, kv_head), keys.rows.start, keys.rows.count,
                params.head_dim);
 }
 
@@ -185,10 +218,11 @@ int32_t launch_mma_backward(const AttentionBackwardParams& params) {
                                         params.stream, params))
     return error;
   using KVTile = MmaGradKVTile<T, kHeadDim>;
-  const dim3 kv_grid(max_row_tiles(params.num_keys, params.query_spans, KVTile::kRows),
+  const unsigned past_tiles = max_past_tiles(params, KVTile::kRows);
+  const dim3 kv_grid(past_tiles + max_row_tiles(params.num_keys, params.query_spans, KVTile::kRows),
                      static_cast<unsigned>(params.num_kv_heads), batch);
   const auto launch_kv = [&](auto* kernel) {
-    return ptx::launch(kernel, kv_grid, dim3(kMmaThreads), KVTile::kSharedBytes, params.stream, params);
+    return ptx::launch(kernel, kv_grid, dim3(kMmaThreads), KVTile::kSharedBytes, params.stream, params, past_tiles);
   };
   if constexpr (kHeadDim <= 128) {
     return launch_kv(mma_grad_kv_kernel<T, kHeadDim, GradsOf::both>);

@@ -54,10 +54,10 @@ __device__ __forceinline__ void negate(Fragments<kM, kN>& scores) {
 }
 
 // Turns scores into probabilities relative to the largest so far and rescales what was summed relative to another.
-// scale_log2 >= 0; columns from `count` on do not count.
+// scale_log2 >= 0; all scores get the bias; columns from `count` on do not count.
 template <int kM, int kN, int kD>
 __device__ __forceinline__ void update_softmax(Fragments<kM, kN>& scores, int32_t count, float scale_log2,
-                                               RowSoftmax<kM>& softmax, Fragments<kM, kD>& out) {
+                                               float bias_log2, RowSoftmax<kM>& softmax, Fragments<kM, kD>& out) {
   const bool full = count >= kN * kFragmentColumns;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -69,7 +69,7 @@ __device__ __forceinline__ void update_softmax(Fragments<kM, kN>& scores, int32_
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           if (full || column_in_fragments(n, j) < count) largest = fmaxf(largest, scores.at[m][n][2 * i + j]);
-      largest = fmaxf(softmax.largest[m][i], quad_max(largest) * scale_log2);
+      largest = fmaxf(softmax.largest[m][i], fmaf(quad_max(largest), scale_log2, bias_log2));
       const float reference = largest == -INFINITY ? 0.0f : largest;  // -inf minus -inf would be NaN
       const float correction = ptx::fast_exp2(softmax.largest[m][i] - reference);
       softmax.largest[m][i] = largest;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void update_softmax(Fragments<kM, kN>& scores, int32_
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores.at[m][n][2 * i + j];
-          x = ptx::fast_exp2(fmaf(x, scale_log2, -reference));
+          x = ptx::fast_exp2(fmaf(x, scale_log2, bias_log2 - reference));
           if (!full && column_in_fragments(n, j) >= count) x = 0.0f;
           sum += x;
         }
@@ -113,29 +113,28 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
   key_tiles.take_every(split.parts, part);
   q_tile.copy(head_rows<const T>(params.q, stream, head), queries.start, queries.count, params.head_dim);
 
+  const auto source = [&](bool values) { return KeySource<T>{params, stream, kv_head, values}; };
   const float scale_log2 = fabsf(params.softmax_scale) * kLog2E;
   const int first_row = warp() * kM * kFragmentRows;
   RowSoftmax<kM> softmax;
   Fragments<kM, kHeadDim / kFragmentColumns> out;
-  stream_tiles<Tile::kStages, ColumnTile>(
-      [&](ColumnTile& keys) { return key_tiles.next(keys); },
-      [&](const ColumnTile& keys, int stage) {
-        const auto copy = [&](bool values) {
-          key_tile(stage, values)
-              .copy(keys.in_past ? paged_rows<T>(params.past, values, stream, kv_head)
-                                 : head_rows<const T>(values ? params.v : params.k, stream, kv_head),
-                    keys.start, keys.count, params.head_dim);
-        };
-        copy(false);
-        copy(true);
-      },
-      [&](const ColumnTile& keys, int stage) {
-        Fragments<kM, Tile::kKeys / kFragmentColumns> scores;
-        multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
-        if (params.softmax_scale < 0.0f) negate(scores);
-        update_softmax(scores, keys.count, scale_log2, softmax, out);
-        add_product(out, scores, key_tile(stage, true));
-      });
+  stream_tiles<Tile::kStages, ColumnTile>([&](ColumnTile& keys) { return key_tiles.next(keys); },
+                                          [&](const ColumnTile& keys, int stage) {
+                                            key_tile(stage, false).copy(source(false), keys, params.head_dim);
+                                            key_tile(stage, true).copy(source(true), keys, params.head_dim);
+                                          },
+                                          [&](const ColumnTile& keys, int stage) {
+                                            key_tile(stage, false).decode(source(false), keys, params.head_dim);
+                                            key_tile(stage, true).decode(source(true), keys, params.head_dim);
+                                          },
+                                          [&](const ColumnTile& keys, int stage) {
+                                            Fragments<kM, Tile::kKeys / kFragmentColumns> scores;
+                                            multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
+                                            if (params.softmax_scale < 0.0f) negate(scores);
+                                            update_softmax(scores, keys.count, scale_log2, keys.bias_log2(), softmax,
+                                                           out);
+                                            add_product(out, scores, key_tile(stage, true));
+                                          });
 
   const int64_t row_of_lse = row_of_head(params, stream, head) + queries.start;
   const int64_t rows_of_part = static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;

@@ -4,7 +4,7 @@
 // A thread block is four warps; each owns some 16-row fragments of the tile of rows, so a row's four lanes are a quad.
 #pragma once
 #include "../ptx/mma.cuh"
-#include "cuda_rows.cuh"
+#include "cuda_past.cuh"
 
 namespace selfforcing::attention_cuda {
 
@@ -50,17 +50,35 @@ class SharedTile {
   // Asks for `count` rows from `start` on; the others, and columns from head_dim on, become zero.
   __device__ __forceinline__ void copy(const Rows<const T>& rows, int32_t start, int32_t count,
                                        int32_t head_dim) const {
-    static_assert(kRows * kChunks % kMmaThreads == 0, "a tile is a whole number of chunks per thread");
 #pragma unroll 4
-    for (int i = 0; i < kRows * kChunks / kMmaThreads; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kMmaThreads;
-      const int row = index / kChunks, chunk = index % kChunks;
+    for (int i = 0; i < kChunksOfThread; ++i) {
+      const int row = row_of(i), chunk = chunk_of(i);
       const bool exists = row < count && chunk * kChunk < head_dim;
       const T* source = exists ? rows.at(start + row) + chunk * kChunk : rows.data;
       if (rows.aligned)
         ptx::copy_async(address_ + offset(row, chunk), source, exists ? 16 : 0);
       else
         *reinterpret_cast<uint4*>(at(row, chunk)) = exists ? ptx::load_vector(source, false) : uint4{0, 0, 0, 0};
+    }
+  }
+
+  // The same of keys or values, as they are stored.
+  __device__ __forceinline__ void copy(const KeySource<T>& source, const ColumnTile& tile, int32_t head_dim) const {
+    if (source.quantised(tile))
+      copy_bytes(source, tile, head_dim);
+    else
+      copy(source.rows(tile), tile.start, tile.count, head_dim);
+  }
+
+  // Makes of them what the products take, once this thread's copies have arrived; a barrier shows it to others.
+  __device__ __forceinline__ void decode(const KeySource<T>& source, const ColumnTile& tile, int32_t head_dim) const {
+    if (!source.coded(tile)) return;
+#pragma unroll 1
+    for (int i = 0; i < kChunksOfThread; ++i) {
+      const int row = row_of(i), chunk = chunk_of(i);
+      uint4& bits = *reinterpret_cast<uint4*>(at(row, chunk));
+      const bool exists = row < tile.count && chunk * kChunk < head_dim;
+      bits = exists ? source.decode(bits, tile, row, chunk * kChunk) : uint4{0, 0, 0, 0};
     }
   }
 
@@ -79,6 +97,32 @@ class SharedTile {
   }
 
  private:
+  static constexpr int kChunksOfThread = kRows * kChunks / kMmaThreads;
+  static_assert(kChunksOfThread * kMmaThreads == kRows * kChunks, "a tile is a whole number of chunks per thread");
+
+  __device__ __forceinline__ static int row_of(int i) {
+    return (static_cast<int>(threadIdx.x) + i * kMmaThreads) / kChunks;
+  }
+  __device__ __forceinline__ static int chunk_of(int i) {
+    return (static_cast<int>(threadIdx.x) + i * kMmaThreads) % kChunks;
+  }
+
+  // Quantised rows: a chunk's kChunk bytes at its start.
+  __device__ __forceinline__ void copy_bytes(const KeySource<T>& source, const ColumnTile& tile,
+                                             int32_t head_dim) const {
+    const Rows<const uint8_t> rows = source.bytes();
+#pragma unroll 4
+    for (int i = 0; i < kChunksOfThread; ++i) {
+      const int row = row_of(i), chunk = chunk_of(i);
+      const bool exists = row < tile.count && chunk * kChunk < head_dim;
+      const uint8_t* bytes = exists ? rows.at(tile.start + row) + source.byte_of(chunk * kChunk) : rows.data;
+      if (rows.aligned)
+        ptx::copy_async_8(address_ + offset(row, chunk), bytes, exists ? kChunk : 0);
+      else if (exists)
+        memcpy(at(row, chunk), bytes, kChunk);
+    }
+  }
+
   __device__ __forceinline__ static int swizzle(int row) { return kChunks % 8 == 0 ? row % 8 : row / 2 % 4; }
 
   unsigned char* data_;
@@ -143,15 +187,17 @@ __device__ __forceinline__ void add_product(Fragments<kM, kD>& sums, const Fragm
 }
 
 // Calls use(item, stage) for every item that next(item) gives, with the copies that copy(item, stage) asked for in
-// place. Where there are two stages, those of the next item are under way meanwhile.
-template <int kStages, typename Item, typename Next, typename Copy, typename Use>
-__device__ __forceinline__ void stream_tiles(const Next& next, const Copy& copy, const Use& use) {
+// place, and after each thread has called decode(item, stage) for what it asked for. Where there are two stages, the
+// copies of the next item are under way meanwhile.
+template <int kStages, typename Item, typename Next, typename Copy, typename Decode, typename Use>
+__device__ __forceinline__ void stream_tiles(const Next& next, const Copy& copy, const Decode& decode, const Use& use) {
   Item ahead{};
   bool more = next(ahead);
   if (more) copy(ahead, 0);
   ptx::commit_copies();
   for (int stage = 0; more; stage = kStages - 1 - stage) {
     ptx::wait_for_copies<0>();
+    decode(ahead, stage);
     __syncthreads();  // every thread's copies are there, and the tiles of the item before are used up
     const Item now = ahead;
     if constexpr (kStages == 2) {

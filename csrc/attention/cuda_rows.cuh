@@ -65,7 +65,13 @@ __device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32
 
 struct ColumnTile {
   int32_t start, count;
-  bool in_past;
+  const PastSpan* span;  // of the past, that the tile is a part of; nullptr: not in the past
+
+  __device__ __forceinline__ bool in_past() const { return span != nullptr; }
+  // Number of the first column's token: see PagedPast::rope_table.
+  __device__ __forceinline__ int32_t token() const { return span->token + (start - span->start); }
+  // Added to scores in units of log2.
+  __device__ __forceinline__ float bias_log2() const { return in_past() ? span->bias * kLog2E : 0.0f; }
 };
 
 template <int kColumns>
@@ -76,9 +82,13 @@ class ColumnTiles {
         num_spans_(table.span_offsets[block + 1] - table.span_offsets[block]),
         num_columns_(num_columns) {}
 
+  // Of all columns.
+  __device__ __forceinline__ explicit ColumnTiles(int32_t num_columns)
+      : spans_(nullptr), num_spans_(0), num_columns_(num_columns), end_(num_columns) {}
+
   __device__ __forceinline__ void prepend(const PagedPast& past, int32_t stream, int32_t kv_head) {
     if (past.k_pages == nullptr) return;
-    past_spans_ = past.spans_of(stream, kv_head);
+    next_past_span_ = past.spans_of(stream, kv_head);
     num_past_spans_ = past.num_spans;
   }
 
@@ -95,56 +105,98 @@ class ColumnTiles {
  private:
   __device__ __forceinline__ bool advance(ColumnTile& tile) {
     while (position_ >= end_) {
-      in_past_ = num_past_spans_ > 0;
-      if (in_past_) {
-        position_ = past_spans_->start, end_ = past_spans_->end;
-        ++past_spans_, --num_past_spans_;
+      if (num_past_spans_ > 0) {
+        past_span_ = next_past_span_++, --num_past_spans_;
+        position_ = past_span_->start, end_ = past_span_->end;
       } else if (num_spans_ > 0) {
+        past_span_ = nullptr;
         position_ = spans_[0], end_ = min(spans_[1], num_columns_);
         spans_ += 2, --num_spans_;
       } else {
         return false;
       }
     }
-    tile = {position_, min(kColumns, end_ - position_), in_past_};
+    tile = {position_, min(kColumns, end_ - position_), past_span_};
     position_ += kColumns;
     return true;
   }
 
-  const PastSpan* past_spans_ = nullptr;
+  const PastSpan *past_span_ = nullptr, *next_past_span_ = nullptr;
   const int32_t* spans_;
   int32_t num_past_spans_ = 0;
   int32_t num_spans_;
   int32_t num_columns_;
   int32_t position_ = 0, end_ = 0;
   int32_t step_ = 1, skip_ = 0;
-  bool in_past_ = false;
 };
 
+// ---- Backward by keys: rows are keys, of the block or of the past.
+
+struct KeyTile {
+  ColumnTile rows;  // `count` is 0 when there are fewer tiles
+  int32_t block;    // in query_spans; of keys that are not in the past
+};
+
+inline unsigned max_past_tiles(const AttentionBackwardParams& params, int32_t rows_per_tile) {
+  if (params.past_grads.k_pages == nullptr) return 0;
+  const int64_t positions = params.past.table_stride * params.past.page_size;
+  return static_cast<unsigned>((positions + static_cast<int64_t>(params.past.num_spans) * (rows_per_tile - 1)) /
+                               rows_per_tile);
+}
+
+// The tile of this thread block: `past_tiles` of the past come first.
+template <int kRows>
+__device__ __forceinline__ KeyTile find_key_tile(const AttentionBackwardParams& params, int32_t stream, int32_t kv_head,
+                                                 unsigned past_tiles) {
+  if (blockIdx.x >= past_tiles) {
+    const RowTile own =
+        find_row_tile<kRows>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x - past_tiles));
+    return {{own.start, own.count, nullptr}, own.block};
+  }
+  int32_t tile = static_cast<int32_t>(blockIdx.x);
+  const PastSpan* span = params.past.spans_of(stream, kv_head);
+  for (int32_t i = 0; i < params.past.num_spans; ++i, ++span) {
+    const int32_t length = max(span->end - span->start, 0), tiles = (length + kRows - 1) / kRows;
+    if (tile < tiles) return {{span->start + tile * kRows, min(kRows, length - tile * kRows), span}, 0};
+    tile -= tiles;
+  }
+  return {{0, 0, nullptr}, 0};
+}
+
 // ---- Memory
+
+// Where a position of a stream lies.
+struct PagePlace {
+  int64_t page;
+  uint32_t offset;
+};
+
+__device__ __forceinline__ PagePlace place_in_pages(const int32_t* page_table, int32_t page_size, int32_t position) {
+  const uint32_t row = static_cast<uint32_t>(position) / static_cast<uint32_t>(page_size);
+  return {page_table[row], static_cast<uint32_t>(position) - row * static_cast<uint32_t>(page_size)};
+}
 
 // One head of one stream: rows of head_dim elements, contiguous or in pages.
 template <typename T>
 struct Rows {
   T* data;
   int64_t stride;
-  bool aligned;                         // rows may be read and written 16 bytes at a time
+  bool aligned;                         // rows may be accessed kBytes at a time, see rows_aligned
   const int32_t* page_table = nullptr;  // nullptr: contiguous
   int64_t page_stride = 0;
-  uint32_t page_size = 1;
+  int32_t page_size = 1;
 
   __device__ __forceinline__ T* at(int32_t position) const {
     if (page_table == nullptr) return data + position * stride;
-    const uint32_t page = static_cast<uint32_t>(position) / page_size;
-    const uint32_t offset = static_cast<uint32_t>(position) - page * page_size;
-    return data + page_table[page] * page_stride + offset * stride;
+    const PagePlace place = place_in_pages(page_table, page_size, position);
+    return data + place.page * page_stride + place.offset * stride;
   }
 };
 
-template <typename T>
+template <typename T, int kBytes = 16>
 __device__ __forceinline__ bool rows_aligned(const void* data, int64_t stride) {
-  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * static_cast<int64_t>(sizeof(T)))) % 16 ==
-         0;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  return (address | static_cast<uintptr_t>(stride * static_cast<int64_t>(sizeof(T)))) % kBytes == 0;
 }
 
 template <typename T, typename Pointer>
@@ -153,7 +205,8 @@ __device__ __forceinline__ Rows<T> head_rows(const Heads<Pointer>& tensor, int32
   return {data, tensor.token_stride, rows_aligned<T>(data, tensor.token_stride)};
 }
 
-template <typename T>
+// As they are stored; T is what the strides count.
+template <typename T, int kBytes = 16>
 __device__ __forceinline__ Rows<const T> paged_rows(const PagedPast& past, bool values, int32_t stream, int32_t head) {
   const int64_t head_stride = values ? past.v_head_stride : past.k_head_stride;
   const int64_t stride = values ? past.v_token_stride : past.k_token_stride;
@@ -161,10 +214,10 @@ __device__ __forceinline__ Rows<const T> paged_rows(const PagedPast& past, bool 
   const T* data = static_cast<const T*>(values ? past.v_pages : past.k_pages) + head * head_stride;
   return {data,
           stride,
-          rows_aligned<T>(data, stride) && rows_aligned<T>(data, page_stride),
+          rows_aligned<T, kBytes>(data, stride) && rows_aligned<T, kBytes>(data, page_stride),
           past.page_table + stream * past.table_stride,
           page_stride,
-          static_cast<uint32_t>(past.page_size)};
+          past.page_size};
 }
 
 // ---- Which head of which stream a thread block works for.

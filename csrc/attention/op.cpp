@@ -187,9 +187,6 @@ Gradients differentiate(const Tensor& given_grad_out, const std::optional<Tensor
   p.query_spans =
       span_table(g.key_starts, "attention_backward: key_starts", g.query_span_offsets,
                  "attention_backward: query_span_offsets", g.query_spans, "attention_backward: query_spans", q);
-#ifdef SELFFORCING_WITH_CUDA
-  check(grad_pages == nullptr, "attention_backward_through_past is not supported on CUDA yet");
-#endif
   if (grad_pages != nullptr)
     p.past_grads = past_gradients(grad_pages->k_pages, grad_pages->v_pages, grad_pages->page_table, g.past, k);
 #ifndef SELFFORCING_WITH_CUDA

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernel_call.h"
+#include "../page_checks.h"
 #include "params.h"
 
 namespace selfforcing {
@@ -23,45 +24,6 @@ struct PastArguments {
 
   bool given() const { return k_pages.has_value(); }
 };
-
-inline PageFormat page_format(const Tensor& pages, const Tensor& q) {
-  if (pages.scalar_type() == q.scalar_type()) return PageFormat::elements;
-  switch (pages.scalar_type()) {
-    case ScalarType::Char: return PageFormat::int8;
-    case ScalarType::Float8_e4m3fn: return PageFormat::fp8_e4m3;
-    case ScalarType::Byte: return PageFormat::int4;
-    default:
-      fail("attention: k_pages is ", dtype_name(pages.scalar_type()), ", but must be ", dtype_name(q.scalar_type()),
-           " like q, or int8, float8_e4m3fn or uint8 (int4)");
-  }
-}
-
-inline void fill_scales(PagedPast& past, const PastArguments& a, const Tensor& q, int64_t heads, int64_t head_dim) {
-  const bool quantised = past.format != PageFormat::elements;
-  check(a.k_scales.has_value() == quantised && a.v_scales.has_value() == quantised,
-        "attention: k_scales and v_scales must be given exactly when the pages are quantised, which they are",
-        quantised ? "" : " not");
-  check(quantised || !a.k_offset.has_value(), "attention: k_offset is given, but the pages are not quantised");
-  if (!quantised) return;
-  check(past.format != PageFormat::int4 || head_dim % kInt4Group == 0, "attention: q has head dim ", head_dim,
-        ", but int4 pages take a multiple of ", kInt4Group);
-  const int64_t groups = past.format == PageFormat::int4 ? head_dim / kInt4Group : 1;
-  for (const auto& [scales, name] : {std::pair<const Tensor&, const char*>{*a.k_scales, "attention: k_scales"},
-                                     {*a.v_scales, "attention: v_scales"}}) {
-    check_shape(scales, name, "[P, page_size, H_kv, groups]", {a.k_pages->size(0), a.k_pages->size(1), heads, groups});
-    check_dtype(scales, name, ScalarType::BFloat16);
-    check_same_device(scales, name, q, "q");
-    check_contiguous(scales, name);
-  }
-  past.k_scales = static_cast<const uint16_t*>(a.k_scales->const_data_ptr());
-  past.v_scales = static_cast<const uint16_t*>(a.v_scales->const_data_ptr());
-  if (!a.k_offset.has_value()) return;
-  check_shape(*a.k_offset, "attention: k_offset", "[H_kv, D]", {heads, head_dim});
-  check_dtype(*a.k_offset, "attention: k_offset", ScalarType::Float);
-  check_same_device(*a.k_offset, "attention: k_offset", q, "q");
-  check_contiguous(*a.k_offset, "attention: k_offset");
-  past.k_offset = a.k_offset->const_data_ptr<float>();
-}
 
 inline void fill_rope(PagedPast& past, const PastArguments& a, const Tensor& q, int64_t head_dim) {
   if (!a.rope_table.has_value()) return;
@@ -88,18 +50,9 @@ inline PagedPast paged_past(const PastArguments& a, const Tensor& q, const Tenso
         "attention: k_scales, v_scales, k_offset and rope_table are of a past, but k_pages is not given");
   if (!a.given()) return past;
   const int64_t batch = k.size(0), heads = k.size(2), head_dim = k.size(3);
-  past.format = page_format(*a.k_pages, q);
-  const int64_t stored_dim = past.format == PageFormat::int4 ? head_dim / 2 : head_dim;
-  check_shape(*a.k_pages, "attention: k_pages", "[P, page_size, H_kv, D (int4: D / 2)]",
-              {kAnySize, kAnySize, heads, stored_dim});
-  check_shape(*a.v_pages, "attention: v_pages", "[P, page_size, H_kv, D] like k_pages",
-              {a.k_pages->size(0), a.k_pages->size(1), heads, stored_dim});
-  check_same_dtype(*a.v_pages, "attention: v_pages", *a.k_pages, "k_pages");
-  for (const auto& [pages, name] :
-       {std::pair<const Tensor&, const char*>{*a.k_pages, "attention: k_pages"}, {*a.v_pages, "attention: v_pages"}}) {
-    check_same_device(pages, name, q, "q");
-    check_last_dim_contiguous(pages, name);
-  }
+  past.format = page_format("attention", *a.k_pages, q, "q");
+  check_pages("attention", past.format, *a.k_pages, *a.v_pages, a.k_scales, a.v_scales, a.k_offset, heads, head_dim, q,
+              "q");
   check_shape(*a.page_table, "attention: page_table", "[B, T]", {batch, kAnySize});
   check_shape(*a.spans, "attention: past_spans", "[B, G, S, 4]", {batch, kAnySize, kAnySize, 4});
   check(a.spans->size(1) == 1 || a.spans->size(1) == heads, "attention: past_spans has ", a.spans->size(1),
@@ -115,13 +68,14 @@ inline PagedPast paged_past(const PastArguments& a, const Tensor& q, const Tenso
   past.v_token_stride = a.v_pages->stride(1);
   past.v_head_stride = a.v_pages->stride(2);
   past.page_size = size_int32(a.k_pages->size(1), "attention: page_size");
-  check(past.page_size > 0, "attention: page_size is 0, but must be at least 1");
   past.page_table = a.page_table->const_data_ptr<int32_t>();
   past.table_stride = a.page_table->size(1);
   past.spans = reinterpret_cast<const PastSpan*>(a.spans->const_data_ptr<int32_t>());
   past.span_lists = static_cast<int32_t>(a.spans->size(1));
   past.num_spans = size_int32(a.spans->size(2), "attention: past_spans.size(2)");
-  fill_scales(past, a, q, heads, head_dim);
+  if (a.k_scales.has_value()) past.k_scales = static_cast<const uint16_t*>(a.k_scales->const_data_ptr());
+  if (a.v_scales.has_value()) past.v_scales = static_cast<const uint16_t*>(a.v_scales->const_data_ptr());
+  if (a.k_offset.has_value()) past.k_offset = a.k_offset->const_data_ptr<float>();
   fill_rope(past, a, q, head_dim);
   return past;
 }

@@ -19,6 +19,11 @@ __device__ __forceinline__ void copy_async(SharedAddress target, const void* sou
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 }
 
+// cp.async.ca: the same of 8 bytes, aligned to 8.
+__device__ __forceinline__ void copy_async_8(SharedAddress target, const void* source, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
 // cp.async.commit_group: this thread's copies since the last one form a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -34,6 +39,9 @@ using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* pointer) { return static_cast<unsigned char*>(pointer); }
 inline void copy_async(SharedAddress target, const void* source, int bytes) {
   emulation::copy_async(target, source, 16, bytes);
+}
+inline void copy_async_8(SharedAddress target, const void* source, int bytes) {
+  emulation::copy_async(target, source, 8, bytes);
 }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kGroups>

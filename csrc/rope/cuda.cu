@@ -4,6 +4,7 @@
 
 #include "../ptx/elements.cuh"
 #include "../ptx/sums.cuh"
+#include "cuda_angles.cuh"
 #include "params.h"
 
 namespace selfforcing {
@@ -29,39 +30,10 @@ __global__ void __launch_bounds__(kTableThreads) fill_table_kernel(const RopePar
                                                     static_cast<float>(params.inverse ? -sine : sine)};
 }
 
-// The rows of the table that turn a stream's token, each moved so that it is indexed by the pair's number in the head.
-class TokenAngles {
- public:
-  __device__ __forceinline__ TokenAngles(const RopeParams& params, int64_t stream, int64_t token)
-      : frame_pairs_(params.axes.pairs[0]), row_pairs_end_(params.axes.pairs[0] + params.axes.pairs[1]) {
-    const RopeAxes &axes = params.axes, table_axes = params.table_axes();
-    const float2* table = reinterpret_cast<const float2*>(params.table);
-    const int32_t column = static_cast<int32_t>(token % axes.size[2]);
-    const int32_t row = static_cast<int32_t>(token / axes.size[2] % axes.size[1]);
-    const int32_t frame = static_cast<int32_t>(token / axes.size[2] / axes.size[1]);
-    frame_ = table + (params.start_of(stream) * axes.size[0] + frame) * axes.pairs[0];
-    row_ = table + table_axes.table_offset(1) + static_cast<int64_t>(row) * axes.pairs[1] - frame_pairs_;
-    column_ = table + table_axes.table_offset(2) + static_cast<int64_t>(column) * axes.pairs[2] - row_pairs_end_;
-  }
-
-  // Rotates channels [d, d + kWidth) of a head; d is even.
-  template <int kWidth>
-  __device__ __forceinline__ void rotate(float (&values)[kWidth], int32_t d) const {
-    static_assert(kWidth % 2 == 0);
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 2) {
-      const int32_t pair = (d + i) / 2;
-      const float2 turn = (pair < frame_pairs_ ? frame_ : pair < row_pairs_end_ ? row_ : column_)[pair];
-      const float real = values[i], imaginary = values[i + 1];
-      values[i] = real * turn.x - imaginary * turn.y;
-      values[i + 1] = real * turn.y + imaginary * turn.x;
-    }
-  }
-
- private:
-  int32_t frame_pairs_, row_pairs_end_;
-  const float2 *frame_, *row_, *column_;
-};
+__device__ __forceinline__ TokenAngles angles_of(const RopeParams& params, int64_t stream, int64_t token) {
+  return TokenAngles(params.axes, params.table, static_cast<int32_t>(token), params.table_axes().size[0],
+                     static_cast<int32_t>(params.start_of(stream)) * params.axes.size[0]);
+}
 
 template <typename T, typename Pointer>
 __device__ __forceinline__ auto row(const Heads<Pointer>& x, int64_t batch, int64_t token) {
@@ -85,7 +57,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_3d_kernel(const RopeParams 
   const int64_t token = index / groups, batch = blockIdx.z;
   if (token >= params.axes.num_tokens()) return;
   const int32_t d = static_cast<int32_t>(index - token * groups) * kWidth;
-  const TokenAngles angles(params, batch, token);
+  const TokenAngles angles = angles_of(params, batch, token);
   const T* x = row<T>(params.x, batch, token) + d;
   T* y = row<T>(params.y, batch, token) + d;
 #pragma unroll
@@ -136,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRope
   const float mean = ptx::warp_sum(squares) / static_cast<float>(params.num_heads * params.head_dim);
   const float rstd = 1.0f / sqrtf(mean + params.eps);
   if (threadIdx.x % ptx::kWarpSize == 0) params.rstd[index] = rstd;
-  const TokenAngles angles(params, batch, token);
+  const TokenAngles angles = angles_of(params, batch, token);
   for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
     float values[kWidth], weights[kWidth];
     ptx::load_elements<T>(x + c, values);  // from the first-level cache
@@ -159,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_grad_x_kernel(const QkN
   const T* x = row<T>(params.features, batch, token);
   T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
   const float rstd = params.rstd[index];
-  const TokenAngles angles(params, batch, token);
+  const TokenAngles angles = angles_of(params, batch, token);
   const auto load = [&](int32_t c, int32_t head, int32_t d, float (&grads)[kWidth], float (&normed)[kWidth]) {
     float weights[kWidth];
     ptx::load_elements<T>(grad_y + head * params.x.head_stride + d, grads);
@@ -210,7 +182,7 @@ __global__ void __launch_bounds__(kSumThreads)
                              ptx::load_elements<T>(row<T>(params.x, batch, token) + head * params.x.head_stride + d,
                                                    grads);
                              ptx::load_elements<T>(row<T>(params.features, batch, token) + c, values);
-                             TokenAngles(params, batch, token).rotate(grads, d);
+                             angles_of(params, batch, token).rotate(grads, d);
                              const float rstd = params.rstd[index];
 #pragma unroll
                              for (int i = 0; i < kWidth; ++i) totals[0][i] += grads[i] * values[i] * rstd;

@@ -49,10 +49,9 @@ def quantise(
     shifted = x.float() if offset is None else x.float() - offset.float()
     groups = _grouped(shifted, format)
     amax = groups.abs().amax(dim=-1, keepdim=True)
-    scales = _rounded_up_to_bfloat16(amax / LARGEST[format])
-    scales = torch.where(amax.isfinite(), scales, torch.nan)
+    scales = _rounded_up_to_bfloat16(amax / LARGEST[format]).masked_fill(~amax.isfinite(), torch.nan)
     quotients = torch.where(scales > 0, groups / scales, 0.0)
-    scales = scales.squeeze(-1).bfloat16()
+    scales = scales.squeeze(-1)
     if format == "fp8_e4m3":
         return quotients.flatten(-2).to(torch.float8_e4m3fn), scales
     integers = quotients.round()
@@ -100,6 +99,6 @@ def _grouped(x: Tensor, format: str) -> Tensor:  # [..., groups, channels of a g
 
 
 def _rounded_up_to_bfloat16(x: Tensor) -> Tensor:
-    """Of float32 that is not negative; what is below the least normal number becomes 0."""
-    bits = (x.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return torch.where(x >= torch.finfo(torch.float32).smallest_normal, bits.view(torch.float32), 0.0)
+    """Of finite float32 that is not negative; what is below the least normal number becomes 0."""
+    bits = (x.view(torch.int32) + 0xFFFF) >> 16
+    return bits.to(torch.int16).view(torch.bfloat16).masked_fill(x < torch.finfo(torch.float32).smallest_normal, 0)

@@ -33,5 +33,5 @@ int main(int argc, char** argv) {
                                           emulation::launch<attention_backward_cuda>(params);
                                         }};
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
-  return attention_test::check_all(kernels, {}, most_multiplications, /*features=*/0) ? 0 : 1;
+  return attention_test::check_all(kernels, {}, most_multiplications) ? 0 : 1;
 }

@@ -137,14 +137,16 @@ void test_multiply_add(const char* what) {
 
 constexpr int kCopyThreads = 64, kCopyFloats = 4 * kCopyThreads;
 
-// Two groups of copies; every third thread copies nothing in the second. Out: what shared memory holds once all is
+// Two groups of copies, of 16 and of 8 bytes; every third copies nothing. Out: what shared memory holds once all is
 // there.
 __global__ void copy_kernel(const float* from, float* out) {
   SELFFORCING_DYNAMIC_SHARED(shared);
   const ptx::SharedAddress target = ptx::shared_address(shared) + threadIdx.x * 16;
-  ptx::copy_async(target, from + threadIdx.x * 4, 16);
+  ptx::copy_async(target, from + threadIdx.x * 4, threadIdx.x % 3 ? 16 : 0);
   ptx::commit_copies();
-  ptx::copy_async(target + kCopyFloats * sizeof(float), from + kCopyFloats + threadIdx.x * 4, threadIdx.x % 3 ? 16 : 0);
+  for (int half = 0; half < 2; ++half)
+    ptx::copy_async_8(target + kCopyFloats * sizeof(float) + half * 8, from + kCopyFloats + threadIdx.x * 4 + half * 2,
+                      (threadIdx.x + half) % 3 ? 8 : 0);
   ptx::commit_copies();
   const float* floats = reinterpret_cast<const float*>(shared);
   ptx::wait_for_copies<1>();
@@ -166,9 +168,11 @@ void test_copies() {
   for (int i = 0; i < 2 * kCopyFloats; ++i) from[i] = static_cast<float>(i + 1), out[i] = -1;
   run(copy_kernel, kCopyThreads, 2 * kCopyFloats * sizeof(float), static_cast<const float*>(from.data()), out.data());
   int wrong = 0;
-  for (int i = 0; i < 2 * kCopyFloats; ++i)
-    wrong += out[i] != (i >= kCopyFloats && (i - kCopyFloats) / 4 % 3 == 0 ? 0.0f : from[i]);
-  expect(wrong == 0, "copy_async, in two groups, with and without a source");
+  for (int i = 0; i < 2 * kCopyFloats; ++i) {
+    const int thread = i % kCopyFloats / 4, half = i < kCopyFloats ? 0 : i % 4 / 2;
+    wrong += out[i] != ((thread + half) % 3 == 0 ? 0.0f : from[i]);
+  }
+  expect(wrong == 0, "copy_async and copy_async_8, in two groups, with and without a source");
 }
 
 __global__ void arithmetic_kernel(const float* x, float* power, unsigned* bfloat16_pair, unsigned* float16_pair) {

@@ -1,0 +1,134 @@
+// Keys and values as the tiles of attention take them, from where they are: a tensor, pages that hold elements, or
+// pages that hold something else. A tile of the latter reaches shared memory as it is stored and is decoded there, in
+// place, by the threads that asked for it: nothing waits in registers, and no copy at full precision is ever in device
+// memory.
+//
+// Every thread moves pieces of one vector, kVector<T> channels of a row: 16 bytes in shared memory. Quantised pages
+// fill the first kVector<T> bytes of them at first.
+#pragma once
+#include "../rope/cuda_angles.cuh"
+#include "cuda_rows.cuh"
+
+namespace selfforcing::attention_cuda {
+
+// Four bytes or half-bytes of `word` as the numbers that they stand for. Channels come as in PageFormat::int4:
+// `high` is whether they are the high bits.
+__device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bool high, float* values) {
+  if (format == PageFormat::fp8_e4m3) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Exponent and fraction at the places of a float's, whose exponent counts from 127 instead of 7.
+      const unsigned byte = word >> 8 * i, bits = (byte & 0x80u) << 24 | (byte & 0x7fu) << 20;
+      float scaled;
+      memcpy(&scaled, &bits, sizeof(scaled));
+      values[i] = scaled * 0x1p120f;
+    }
+    return;
+  }
+  const bool halves = format == PageFormat::int4;
+  const unsigned biased = halves ? (word >> (high ? 4 : 0)) & 0x0f0f0f0fu : word ^ 0x80808080u;
+  const float bias = 0x1p23f + (halves ? 8.0f : 128.0f);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned bits = 0x4b000000u | (biased >> 8 * i & 0xffu);  // as a float: 2^23 + byte
+    float sum;
+    memcpy(&sum, &bits, sizeof(sum));
+    values[i] = sum - bias;
+  }
+}
+
+// The keys, or the values, of one head of one stream.
+template <typename T>
+struct KeySource {
+  static constexpr int kWidth = kVector<T>;
+
+  const AttentionParams& params;
+  int32_t stream, kv_head;
+  bool values;
+
+  __device__ __forceinline__ bool quantised(const ColumnTile& tile) const {
+    return tile.in_past() && params.past.format != PageFormat::elements;
+  }
+  __device__ __forceinline__ bool rotated(const ColumnTile& tile) const {
+    return tile.in_past() && !values && params.past.rope_table != nullptr;
+  }
+  // Whether what is in memory is not what the products take.
+  __device__ __forceinline__ bool coded(const ColumnTile& tile) const { return quantised(tile) || rotated(tile); }
+
+  // Rows of elements, of tiles that are not quantised.
+  __device__ __forceinline__ Rows<const T> rows(const ColumnTile& tile) const {
+    return tile.in_past() ? paged_rows<T>(params.past, values, stream, kv_head)
+                          : head_rows<const T>(values ? params.v : params.k, stream, kv_head);
+  }
+  // Rows of bytes, of quantised tiles, and where a vector that starts at `channel` is in such a row.
+  __device__ __forceinline__ Rows<const uint8_t> bytes() const {
+    return paged_rows<uint8_t, kWidth>(params.past, values, stream, kv_head);
+  }
+  __device__ __forceinline__ int byte_of(int channel) const {
+    constexpr int kHalf = kInt4Group / 2;
+    return params.past.format == PageFormat::int4 ? channel / kInt4Group * kHalf + channel % kHalf : channel;
+  }
+
+  // Of row `row` of a rotated tile.
+  __device__ __forceinline__ TokenAngles angles(const ColumnTile& tile, int row) const {
+    const RopeAxes& axes = params.past.rope_axes;
+    return TokenAngles(axes, params.past.rope_table, tile.token() + row, axes.size[0]);
+  }
+
+  // What the products take, of the vector that starts at `channel` of row `row` of a coded tile.
+  __device__ __forceinline__ uint4 decode(uint4 stored, const ColumnTile& tile, int row, int channel) const {
+    float x[kWidth];
+    if (quantised(tile)) {
+      unsigned words[4];
+      memcpy(words, &stored, sizeof(words));
+      const bool high = channel % kInt4Group >= kInt4Group / 2;
+#pragma unroll
+      for (int i = 0; i < kWidth / 4; ++i) decode_word(params.past.format, words[i], high, x + 4 * i);
+      const float scale = scale_of(tile.start + row, channel);
+      const bool shifted = !values && params.past.k_offset != nullptr;
+      const int64_t first = static_cast<int64_t>(kv_head) * params.head_dim + channel;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] = fmaf(x[i], scale, shifted ? params.past.k_offset[first + i] : 0.0f);
+    } else {
+      ptx::unpack<T>(stored, x);
+    }
+    if (rotated(tile)) angles(tile, row).rotate(x, channel);
+    return ptx::pack<T>(x);
+  }
+
+ private:
+  __device__ __forceinline__ float scale_of(int32_t position, int channel) const {
+    const PagedPast& past = params.past;
+    const PagePlace place = place_in_pages(past.page_table + stream * past.table_stride, past.page_size, position);
+    const bool grouped = past.format == PageFormat::int4;
+    const int64_t row = (place.page * past.page_size + place.offset) * params.num_kv_heads + kv_head;
+    const int64_t index = grouped ? row * (params.head_dim / kInt4Group) + channel / kInt4Group : row;
+    const unsigned bits = static_cast<unsigned>((values ? past.v_scales : past.k_scales)[index]) << 16;
+    float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    return scale;
+  }
+};
+
+// Adds to the pages of gradients what belongs to channels [channel, channel + kWidth) of row `row` of a tile of the
+// past.
+template <typename T, int kWidth>
+__device__ __forceinline__ void add_past_gradient(const AttentionBackwardParams& params, const KeySource<T>& source,
+                                                  const ColumnTile& keys, int row, int channel,
+                                                  const float (&grads_of_operand)[kWidth]) {
+  const PagedPast& past = params.past;
+  const PagePlace place = place_in_pages(params.past_grads.page_table + source.stream * past.table_stride,
+                                         past.page_size, keys.start + row);
+  if (place.page < 0) return;
+  float grads[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) grads[i] = grads_of_operand[i];
+  if (source.rotated(keys)) source.angles(keys, row).rotate(grads, channel, true);
+  const int64_t row_in_pages = (place.page * past.page_size + place.offset) * params.num_kv_heads + source.kv_head;
+  float* const sums = (source.values ? params.past_grads.v_pages : params.past_grads.k_pages) +
+                      row_in_pages * params.head_dim + channel;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sums[i] += grads[i];
+}
+
+}  // namespace selfforcing::attention_cuda
