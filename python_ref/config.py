@@ -98,6 +98,21 @@ class RolloutConfig:
     sink_frames: int = 0
     context_noise: int = 0  # timestep at which the clean pass of a block is run
     first_frame_alone: bool = False  # frame 0 is a block of its own
+    rope: str = "on_write"  # or "on_read": positions are counted from the first visible frame, so that they never grow
+    quantization: str | None = None  # of cached keys and values: "int8", "fp8_e4m3", "int4"
+    past_bias: list[float] | None = None  # added to the scores of (sink, past, own block)
+
+    def __post_init__(self) -> None:
+        _check_choice("rollout.rope", self.rope, ("on_write", "on_read"))
+        if self.quantization is not None:
+            _check_choice("rollout.quantization", self.quantization, ("int8", "fp8_e4m3", "int4"))
+        if self.past_bias is not None and len(self.past_bias) != 3:
+            raise ValueError(f"rollout.past_bias is {self.past_bias}; accepted: three numbers")
+
+    def cache_options(self) -> dict[str, Any]:
+        """Of `PagedKVCache`, besides window and sink."""
+        bias = None if self.past_bias is None else tuple(self.past_bias)
+        return {"rope": self.rope, "quantization": self.quantization, "past_bias": bias}
 
     def blocks(self) -> dict[str, Any]:
         """What masks, pipelines and objectives call by the same names: blocks, window and sink."""

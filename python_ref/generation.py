@@ -51,6 +51,7 @@ def generate_causal(
         schedule.warp(rollout.denoising_steps),
         context_noise=rollout.context_noise,
         **rollout.blocks(),
+        cache_options=rollout.cache_options(),
     )
     noise = torch.randn(network.latent_shape(len(captions), num_frames - given), generator=generator)
     with network_precision(precision):

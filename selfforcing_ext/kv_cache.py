@@ -36,6 +36,8 @@ from selfforcing_ext.stream import Stream
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
 ROPE_MODES = ("on_write", "on_read")
+Turns = tuple[Tensor, tuple[int, int, int]]  # a table of rotations (rope_table), and its grid
+
 NO_WINDOW = 1 << 40  # frames that move through a window that has no end
 
 
@@ -191,8 +193,7 @@ class PagedKVCache:
         self._write_start = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._position = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._rope_position = torch.zeros(lengths, batch, dtype=torch.int32, device=self.device)
-        self._rope_table: Tensor | None = None
-        self._rope_frames = 0
+        self._turns: Turns | None = None  # of keys that are rotated on reading
         self._handle = kv_cache_ops.register(self)
         for stream in streams:
             stream._batches.add(self)
@@ -310,7 +311,7 @@ class PagedKVCache:
         else:
             spans, start = self._at_length(past_spans, num_frames), self._at_length(rope_position, num_frames)
         layers = self.pool.saved_layers if recorded else self.pool.layers
-        return self.attend_past(layer, q, k, v, softmax_scale, layers, page_table, spans, start)
+        return self.attend_past(layer, q, k, v, softmax_scale, layers, page_table, spans, start, self._turns)
 
     @nvtx_range("kv_cache.write")
     def write(
@@ -582,7 +583,7 @@ class PagedKVCache:
         if records.shape[2] > lists or records.shape[3] > spans:
             sizes = max(records.shape[2], lists), max(records.shape[3], spans)
             self._past_spans = self._past_spans.new_zeros(len(self._lengths), self.batch_size, *sizes, 4)
-        self._make_rope_table(int(rope_position.max()))
+        self._make_turns(int(rope_position.max()))
         self.mirror_pages(self._page_table, self._write_start)
         self.mirror_past(self._past_spans, self._position, self._rope_position, (records, rope_position))
 
@@ -686,12 +687,13 @@ class PagedKVCache:
         """What holds for a block of this length."""
         return of_lengths[0 if self._longest_block is None else num_frames - 1]
 
-    def _make_rope_table(self, num_frames: int) -> None:
+    def _make_turns(self, num_frames: int) -> None:
         """A table of rotations that reaches at least this frame."""
-        if self.rope_grid is None or num_frames <= self._rope_frames:
+        made = 0 if self._turns is None else self._turns[1][0]
+        if self.rope_grid is None or max(1, num_frames) <= made:
             return
-        self._rope_frames = max(num_frames, 2 * self._rope_frames)
-        self._rope_table = rope_table((self._rope_frames, *self.rope_grid), self.head_dim, self.device)
+        grid = (max(1, num_frames, 2 * made), *self.rope_grid)
+        self._turns = rope_table(grid, self.head_dim, self.device), grid
 
     def attend_past(
         self,
@@ -704,15 +706,14 @@ class PagedKVCache:
         page_table: Tensor,
         spans: Tensor,
         start_frame: Tensor,
+        turns: Turns | None,
         gradient: PastGradient | None = None,
     ) -> Tensor:
         """A block over its own k and v, and over the past."""
-        rope: tuple[Tensor | None, tuple[int, ...]] = None, ()
-        if self.rope_grid is not None and self._rope_table is not None:
-            grid = (k.shape[1] // self.frame_seqlen, *self.rope_grid)
+        if turns is not None:
+            grid = (k.shape[1] // self.frame_seqlen, *turns[1][1:])
             q, k = (rope_3d(x, grid, start_frame) for x in (q, k))
-            rope = self._rope_table, (self._rope_frames, *self.rope_grid)
-        past = self.pool.past(layers, layer, page_table, spans, *rope)
+        past = self.pool.past(layers, layer, page_table, spans, *(turns or ()))
         table = full_table(q.shape[1], k.shape[1], q.device)
         if gradient is not None:
             length = 0 if self._longest_block is None else k.shape[1] // self.frame_seqlen - 1
@@ -730,8 +731,8 @@ class KVCacheView:
     def __init__(self, cache: PagedKVCache, block: int = 0) -> None:
         self._cache = cache
         self.block = block
-        # The pools of now: activation checkpointing wants the same shapes again, and a pool that grows keeps its pages.
-        self._layers = list(cache.pool.saved_layers)
+        # The memory and the table of now: activation checkpointing wants the same shapes again.
+        self._layers, self._turns = list(cache.pool.saved_layers), cache._turns
         if block == 0:
             self.position = kv_cache_ops.copy_of_position(cache._position)
             self._page_table, self._past_spans = kv_cache_ops.pin(cache)
@@ -746,6 +747,11 @@ class KVCacheView:
         if cache._gradient is not None:
             rows = [cache.pool.table.row(number) for number in cache._numbers]
             self._gradient = PastGradient(cache._gradient, rows, cache._records(0, cache._lengths)[0], cache.page_size)
+
+    @property
+    def rope(self) -> str:
+        """The cache's."""
+        return self._cache.rope
 
     @property
     def num_frames(self) -> int:
@@ -770,7 +776,7 @@ class KVCacheView:
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
         spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
-        where = (self._layers, self._page_table, spans, start)
+        where = (self._layers, self._page_table, spans, start, self._turns)
         return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
 
 

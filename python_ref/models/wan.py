@@ -239,7 +239,7 @@ class CausalWanModel(WanBackbone):
         time, block_time = self._embed_time(t)
         positions = Positions(grid)
         if cache is not None:
-            positions = Positions(grid, start_frame=cache.position)
+            positions = Positions(grid, start_frame=None if cache.rope == "on_read" else cache.position)
         elif clean_x is not None:
             clean_t = torch.zeros_like(t) if clean_t is None else clean_t
             tokens = torch.cat((self._embed_patches(clean_x), tokens), dim=1)
@@ -273,10 +273,13 @@ class CausalWanModel(WanBackbone):
 
         Args:
             latents: shape [B, F, C, H, W] of the latents that will be generated; F does not matter.
-            max_frames, window_frames, sink_frames, options: as in ``PagedKVCache``.
+            max_frames, window_frames, sink_frames, options: as in ``PagedKVCache``; with rope="on_read" the grid of
+                tokens need not be given.
         """
         weight = self.patch_embedding.weight
         _, rows, columns = self.config.grid(latents)
+        if options.get("rope") == "on_read":
+            options["rope_grid"] = (rows, columns)
         return self.ops.PagedKVCache(
             self.config.num_layers,
             self.config.num_heads // (self.parallel.size if self.parallel is not None else 1),

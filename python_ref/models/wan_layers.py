@@ -91,7 +91,8 @@ class Positions:
     """Where the tokens of a call stand in the video."""
 
     grid: Grid
-    start_frame: int | Tensor = 0  # a cache's position, int32 [1]
+    # A cache's position, int32 [1] or [B]. None: its cache rotates queries and keys, with positions of its own.
+    start_frame: int | Tensor | None = 0
     copies: int = 1  # 2 under teacher forcing: the clean and the noisy half have the same positions
 
 
@@ -122,7 +123,7 @@ class SelfAttention(Attention):
     parallel: ContextParallel | None = None  # over the processes that hold the other tokens of x
 
     def forward(self, x: Tensor, positions: Positions, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, L, dim], and the keys (after rotary embedding) and values [B, L, H, D] for a cache: of all tokens
+        """Output [B, L, dim], and the keys (as the cache wants them) and values [B, L, H, D] for a cache: of all tokens
         and this process's heads, where x has a share of the tokens."""
         (x,) = cast_to_autocast_dtype(x)  # once rather than in each of the three projections
         if self.parallel is not None:
@@ -143,6 +144,8 @@ class SelfAttention(Attention):
         return self.o(parallel.heads_to_tokens(frames, attend(q, k, v)).flatten(2)), k, v
 
     def _rotate(self, x: Tensor, positions: Positions) -> Tensor:
+        if positions.start_frame is None:
+            return x
         halves = x.unflatten(1, (positions.copies, -1)).flatten(0, 1)
         rotated = self.ops.rope_3d(halves, positions.grid, positions.start_frame)
         return rotated.unflatten(0, (-1, positions.copies)).flatten(1, 2)
@@ -150,6 +153,8 @@ class SelfAttention(Attention):
     def _norm_and_rotate(self, x: Tensor, norm: nn.Module, positions: Positions) -> Tensor:
         if not isinstance(norm, RMSNorm):
             return self._rotate(self.split_heads(x), positions)
+        if positions.start_frame is None:
+            return self._norm(x, norm)
         halves = x.unflatten(1, (positions.copies, -1)).flatten(0, 1)  # [B * copies, F * rows * columns, dim]
         where = positions.grid, positions.start_frame
         rotated = self.ops.qk_norm_rope(halves, norm.weight, self.num_heads, *where, self.eps)

@@ -5,7 +5,8 @@ Source: Self-Forcing (arXiv 2506.08009), algorithm 2, with the rolling cache of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import nvtx
 import torch
@@ -29,6 +30,7 @@ class CausalInferencePipeline:
         context_noise: timestep that the clean pass of a finished block is given.
         window_frames, sink_frames: how much of the past stays visible, see ``BlockCausalMask``. With a window memory
             and time per block do not grow with the length of the video.
+        cache_options: further options of ``PagedKVCache``, such as ``rope`` or ``quantization``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class CausalInferencePipeline:
         context_noise: float = 0,
         window_frames: int | None = None,
         sink_frames: int = 0,
+        cache_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.generator = generator
         self.timesteps, self.sigmas = denoising_table(schedule, denoising_steps)
@@ -49,6 +52,7 @@ class CausalInferencePipeline:
         self.context_noise = context_noise
         self.window_frames = window_frames
         self.sink_frames = sink_frames
+        self.cache_options = dict(cache_options or {})
 
     def generate(
         self,
@@ -85,7 +89,9 @@ class CausalInferencePipeline:
         plan = plan_blocks(
             noise.shape[1], self.frames_per_block, self.first_frame_alone, given_frames_of(initial_latents, noise)
         )
-        cache = self.generator.make_cache(noise.shape, plan.num_frames, self.window_frames, self.sink_frames)
+        cache = self.generator.make_cache(
+            noise.shape, plan.num_frames, self.window_frames, self.sink_frames, **self.cache_options
+        )
         encoded = self.generator.encode_context(context)
         if initial_latents is not None:
             with nvtx.annotate("selfforcing.given_frames"):

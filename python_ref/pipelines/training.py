@@ -5,7 +5,7 @@ Source: Self-Forcing (arXiv 2506.08009), section 3.2 and algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class SelfForcingTrainingPipeline:
             "exit_step": values of the clean pass, gradient to the keys and values of that block's exit step, as the
             published code computes it. "full": the clean pass is differentiated too, down to its input: exact
             backpropagation through time.
+        cache_options: further options of ``PagedKVCache``, such as ``rope`` or ``quantization``.
 
     Raises:
         ValueError: an unknown ``cache_gradient``, or denoising steps that do not fall.
@@ -86,6 +87,7 @@ class SelfForcingTrainingPipeline:
         sink_frames: int = 0,
         checkpoint_activations: bool = False,
         cache_gradient: str = "constant",
+        cache_options: Mapping[str, Any] | None = None,
     ) -> None:
         if cache_gradient not in CACHE_GRADIENTS:
             raise ValueError(f"cache_gradient is {cache_gradient!r}, but must be one of {CACHE_GRADIENTS}")
@@ -102,6 +104,7 @@ class SelfForcingTrainingPipeline:
         self.sink_frames = sink_frames
         self.checkpoint_activations = checkpoint_activations
         self.cache_gradient = cache_gradient
+        self.cache_options = dict(cache_options or {})
 
     def rollout(
         self,
@@ -176,7 +179,7 @@ class SelfForcingTrainingPipeline:
 
     def make_cache(self, latents: Sequence[int], max_frames: int | None) -> Any:
         """An empty cache for videos of shape [B, F, C, H, W] of up to ``max_frames`` frames."""
-        options = {} if self.cache_gradient == "constant" else {"grad_through_cache": True}
+        options = self.cache_options | {"grad_through_cache": self.cache_gradient != "constant"}
         return self.generator.make_cache(latents, max_frames, self.window_frames, self.sink_frames, **options)
 
     def _draw_exit_steps(self, num_blocks: int, source: NoiseSource, device: torch.device) -> tuple[int, ...]:
@@ -265,7 +268,7 @@ class _CacheAccess:
     ) -> None:
         self.cache = cache
         self.past = cache.view()
-        self.position = self.past.position
+        self.position, self.rope = self.past.position, cache.rope
         self.keeps_block = keeps_block
         self.grad_to = grad_to
         self.block: dict[int, tuple[Tensor, Tensor]] = {}

@@ -89,6 +89,7 @@ class RolloutClips:
             gradient_frames=min(settings.gradient_frames or self.clip_frames, self.clip_frames),
             checkpoint_activations=config.checkpoint_activations,
             cache_gradient=settings.cache_gradient,
+            cache_options=config.rollout.cache_options(),
         )
         self.pipeline: Any = SelfGradientPipeline(pipeline) if settings.videos == "self_gradient" else pipeline
         self.lengths = self._lengths(config)
