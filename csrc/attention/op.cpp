@@ -66,14 +66,6 @@ void check_spans(const SpanTable& table, int64_t num_rows, int64_t num_columns, 
 }
 #endif
 
-#ifdef SELFFORCING_WITH_CUDA
-// What the CUDA kernels do not read yet.
-void check_supported(const PagedPast& past) {
-  check(past.format == PageFormat::elements, "attention: quantised pages are not supported on CUDA yet");
-  check(past.rope_table == nullptr, "attention: rope_table is not supported on CUDA yet");
-}
-#endif
-
 // Everything but outputs and workspace.
 void fill_params(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Geometry& g,
                  double softmax_scale) {
@@ -109,9 +101,7 @@ void fill_params(AttentionParams& p, const Tensor& q, const Tensor& k, const Ten
   p.spans = span_table(g.block_starts, "attention: block_starts", g.span_offsets, "attention: span_offsets", g.spans,
                        "attention: spans", q);
   p.past = paged_past(g.past, q, k);
-#ifdef SELFFORCING_WITH_CUDA
-  check_supported(p.past);
-#else
+#ifndef SELFFORCING_WITH_CUDA
   check_spans(p.spans, p.num_queries, p.num_keys, g.spans.size(0), "queries", "spans");
   if (g.past.given()) check_past(p.past, batch, g.past.k_pages->size(0));
   p.parallel = torch_threads();

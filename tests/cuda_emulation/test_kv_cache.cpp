@@ -4,5 +4,6 @@
 
 int main() {
   using namespace selfforcing;
-  return kv_cache_test::check_all(emulation::launch<kv_cache_write_cuda>, {1}) ? 0 : 1;
+  const bool copies = kv_cache_test::check_all(emulation::launch<kv_cache_write_cuda>, {1});
+  return kv_cache_test::check_all_quantised(emulation::launch<kv_cache_write_cuda>, {1}) && copies ? 0 : 1;
 }
