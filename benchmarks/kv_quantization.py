@@ -11,8 +11,8 @@ the mean over layers. Keys are stored as the two kinds of cache store them: afte
 before ("on read"). An offset is the mean of the keys of videos from the training split.
 
 "Drift": videos of the evaluation's prompts, rolled out with the same noise in all rows. The difference is the root mean
-square of pixels (-1 to 1) from the rollout with an unquantised cache; "model in bfloat16" shows for comparison what
-rounding all of the model does. Identity: share of the videos whose digit is read as the one asked for.
+square of pixels (-1 to 1) from the rollout with an unquantised cache of the same kind; "model in bfloat16" shows for
+comparison what rounding all of the model does. Identity: share of the videos whose digit is read as the one asked for.
 
 "Time of a write": one layer's block into pages, against pages that are not quantised and against the definition in
 plain PyTorch, in turns in one process; medians.
@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,69 +159,69 @@ def attention_table(
 # ---- Drift
 
 
-def rollouts(
-    network: CaptionedModel, rollout: RolloutConfig, settings: EvaluationConfig, precision: str, key_offset: Tensor
-) -> Iterator[tuple[str, int, Tensor]]:
-    """Row, bytes of the cache, and videos of the evaluation's prompts."""
+def videos_and_bits(
+    network: CaptionedModel,
+    rollout: RolloutConfig,
+    settings: EvaluationConfig,
+    precision: str,
+    key_offset: Tensor | None,
+) -> tuple[Tensor, float]:
+    """Videos of the evaluation's prompts, and bits of the cache's pages per number."""
     prompts = evaluation_prompts(settings.num_videos)
-    make_cache = network.model.make_cache
-    caches: list[Any] = []
+    make_cache = type(network.model).make_cache
+    bits = []
 
-    def videos(precision: str, **options: Any) -> tuple[int, Tensor]:
-        def remembering(*arguments: Any, **given: Any) -> Any:
-            caches.append(make_cache(*arguments, **given, **options))
-            return caches[-1]
+    def make_and_measure(*arguments: Any, **options: Any) -> Any:
+        cache = make_cache(network.model, *arguments, **options, key_offset=key_offset)
+        elements = {"fp32": 4, "bf16": 2}[precision]  # bytes of one, without quantisation
+        plain = make_cache(network.model, *arguments, **options | {"quantization": None})
+        bits.append(8 * elements * cache.nbytes / plain.nbytes)
+        return cache
 
-        network.model.make_cache = remembering
-        result = generate_set(network, rollout, prompts, settings, precision)
-        return caches[-1].nbytes, result
-
-    yield "not quantised", *videos(precision)
-    if precision == "fp32":
-        yield "not quantised, model in bfloat16", *videos("bf16")
-    for format in FORMATS:
-        yield format, *videos(precision, quantization=format)
-        yield f"{format}, mean key as offset", *videos(precision, quantization=format, key_offset=key_offset)
+    network.model.make_cache = make_and_measure
+    return generate_set(network, rollout, prompts, settings, precision), bits[0]
 
 
-def drift_table(
-    network: CaptionedModel, rollout: RolloutConfig, settings: EvaluationConfig, precision: str, key_offset: Tensor
-) -> None:
+def drift_rows(
+    network: CaptionedModel,
+    rollout: RolloutConfig,
+    settings: EvaluationConfig,
+    precision: str,
+    key_offset: Tensor,
+) -> Iterator[list[str]]:
     judge = Judge(digits_of(network), rollout.frames_per_block)
     prompts = evaluation_prompts(settings.num_videos)
     block = rollout.frames_per_block
-    rows: list[list[str]] = []
-    bits, exact, exact_bytes = {"fp32": 32, "bf16": 16}[precision], None, 0
-    for name, nbytes, video in rollouts(network, rollout, settings, precision, key_offset):
-        if exact is None:
-            exact, exact_bytes = video, nbytes
+    kinds = [("not quantised", precision, None, None)]
+    if precision == "fp32":
+        kinds.append(("not quantised, model in bfloat16", "bf16", None, None))
+    for format in FORMATS:
+        kinds += [(format, precision, format, None), (f"{format}, mean key as offset", precision, format, key_offset)]
+    exact = None
+    for name, in_precision, format, offset in kinds:
+        changed = replace(rollout, quantization=format)
+        video, bits = videos_and_bits(network, changed, settings, in_precision, offset)
+        exact = video if exact is None else exact
+        early, late = ((video - exact)[:, frames] for frames in (slice(block, 2 * block), slice(-block, None)))
         summary = judge.measure(video, prompts).summary
-        differences = [
-            root_mean_square((video - exact)[:, frames]) for frames in (slice(block, 2 * block), slice(-block, None))
-        ]
         identity = [summary[f"identity{part}"] for part in ("", "_first_block", "_last_block", "_lowest")]
-        rows.append(
-            [
-                name,
-                f"{bits * nbytes / exact_bytes:.1f}",
-                *(f"{x:.4f}" for x in differences),
-                *(f"{x:.3f}" for x in identity),
-            ]
-        )
-    table(
-        f"Drift: {settings.num_videos} videos of {settings.num_frames} frames, model in {precision}",
-        [
-            "pages",
-            "bits per number",
-            "difference, block 2",
-            "difference, last block",
-            "identity",
-            "first block",
-            "last block",
-            "lowest frame",
-        ],
-        rows,
-    )
+        differences = [f"{root_mean_square(x):.4f}" for x in (early, late)]
+        yield [name, rollout.rope, f"{bits:.1f}", *differences, *(f"{x:.3f}" for x in identity)]
+
+
+def drift_table(
+    network: CaptionedModel,
+    rollout: RolloutConfig,
+    settings: EvaluationConfig,
+    precision: str,
+    offsets: list[tuple[Tensor, Tensor]],
+) -> None:
+    rows: list[list[str]] = []
+    for rope, key_offset in zip(("on_write", "on_read"), map(torch.stack, zip(*offsets, strict=True)), strict=True):
+        rows += drift_rows(network, replace(rollout, rope=rope), settings, precision, key_offset)
+    columns = ["pages", "rope", "bits per number", "difference, block 2", "difference, last block"]
+    columns += ["identity", "first block", "last block", "lowest frame"]
+    table(f"Drift: {settings.num_videos} videos of {settings.num_frames} frames, model in {precision}", columns, rows)
 
 
 # ---- Time of a write
@@ -317,8 +317,7 @@ def study(options: argparse.Namespace) -> None:
     offsets = mean_keys(recorded["train"], grid)
     attention_table(recorded["held_out"], grid, rollout.frames_per_block, offsets)
     settings = EvaluationConfig(options.num_videos, options.num_frames)
-    key_offset = torch.stack([on_write for on_write, _ in offsets])
-    drift_table(network, rollout, settings, options.precision, key_offset)
+    drift_table(network, rollout, settings, options.precision, offsets)
 
 
 def main() -> None:
