@@ -18,6 +18,7 @@ from python_ref.config import Config, load_config
 from python_ref.costs import WIDE, Flops, activation_bytes, count_parameters, forward_flops, text_flops
 from python_ref.data.source import video_shape
 from python_ref.models.captioned import wan_config
+from python_ref.models.wan import CausalWanModel
 from python_ref.models.wan_layers import WanConfig
 from python_ref.published.sizes import NAMES, model_config
 from selfforcing_ext.kv_cache import PagedKVCache
@@ -100,10 +101,9 @@ class _Sizes:
             raise ValueError(f"processes is {processes}; accepted with distributed.strategy=none: 1")
         self.frames, channels, frame_shape = video_shape(config.data)
         self.model = wan_config(config.model, channels, frame_shape)
-        patch_frames, rows, columns = self.model.patch_size
-        if patch_frames != 1:
+        if config.model.patch_size[0] != 1:
             raise ValueError(f"model.patch_size is {config.model.patch_size}; accepted: one frame per token")
-        self.frame_seqlen = (frame_shape[0] // rows) * (frame_shape[1] // columns)
+        self.frame_seqlen = frame_seqlen(config)
         self.narrow = 2 if config.precision == "bf16" else WIDE
         self.per_process = batch_size // processes
         self.shards = processes if config.distributed.strategy == "fsdp" else 1
@@ -226,29 +226,44 @@ def _plan_self_forcing(config: Config, processes: int, teacher: WanConfig | None
         real_bytes = sizes.activations(teacher, tokens, 1, videos=real)
         kept, recomputed = kept + fake_bytes[0] + real_bytes[0], recomputed + fake_bytes[1] + real_bytes[1]
     plan.activations = {"generator": (kept, recomputed), "critic": sizes.activations(critic, tokens, 1)}
-    # The pages that backward will read are kept, so that a rollout with gradient needs room for all frames.
-    plan.states["KV cache"] = cache_bytes(config, frames, sizes.per_process, window_frames=None)
+    plan.states["KV cache"] = training_cache_bytes(config, frames, sizes.per_process)
     return plan
 
 
+def frame_seqlen(config: Config) -> int:
+    """Tokens per frame."""
+    _, _, (rows, columns) = video_shape(config.data)
+    _, patch_rows, patch_columns = config.model.patch_size
+    return (rows // patch_rows) * (columns // patch_columns)
+
+
+def training_cache_bytes(config: Config, frames: int, videos: int) -> int:
+    """Bytes of the cache of a rollout with gradient.
+
+    The pages that backward will read are not recycled, so that the pool of a window grows. How far, is told by a cache
+    of one narrow layer that goes through the same blocks.
+    """
+    rollout = config.rollout
+    size = cache_bytes(config, frames, videos, rollout.window_frames, rollout.sink_frames)
+    seqlen = frame_seqlen(config)
+    probe = PagedKVCache(1, 1, 8, seqlen, videos, rollout.window_frames, rollout.sink_frames, max_frames=frames)
+    before, views = probe.nbytes, []
+    for start, end in BlockCausalMask(frames, 1, **rollout.blocks()).frame_blocks[:-1]:  # the last is not written
+        views.append(probe.view())
+        block = torch.zeros(videos, (end - start) * seqlen, 1, 8)
+        probe.write(0, block, block)
+        probe.commit(end - start)
+    return size * probe.nbytes // before
+
+
 def cache_bytes(config: Config, frames: int, videos: int, window_frames: int | None, sink_frames: int = 0) -> int:
-    """Bytes of the cache of rollouts of `frames` frames, as it allocates them."""
+    """Bytes of the cache of rollouts of `frames` frames without gradient, as it allocates them."""
     _, channels, frame_shape = video_shape(config.data)
-    model = wan_config(config.model, channels, frame_shape)
-    _, rows, columns = model.grid([videos, frames, channels, *frame_shape])
-    cache = PagedKVCache(
-        model.num_layers,
-        model.num_heads,
-        model.head_dim,
-        rows * columns,
-        batch_size=videos,
-        window_frames=window_frames,
-        sink_frames=sink_frames,
-        max_frames=frames,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        device="meta",
-    )
-    return cache.nbytes
+    with torch.device("meta"):
+        model = CausalWanModel(wan_config(config.model, channels, frame_shape), backend="ext")
+    model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    latents = (videos, frames, channels, *frame_shape)
+    return model.make_cache(latents, frames, window_frames, sink_frames, **config.rollout.cache_options()).nbytes
 
 
 def print_plan(config: Config, plan: Plan, processes: int, utilisation: float) -> None:

@@ -11,7 +11,9 @@ from python_ref.data.source import TrainingSource, video_shape
 from python_ref.generation import generate_causal
 from python_ref.models.captioned import CaptionedModel, wan_config
 from python_ref.models.wan_layers import WanConfig
-from python_ref.plan import cache_bytes, make_plan
+from python_ref.noise import TorchNoise
+from python_ref.pipelines.training import SelfForcingTrainingPipeline
+from python_ref.plan import cache_bytes, make_plan, training_cache_bytes
 from python_ref.stages.causal import CausalStage
 from python_ref.stages.self_forcing import SelfForcingStage
 
@@ -89,9 +91,12 @@ def test_operations_of_a_training_step(options, folder):
 
 
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (3, 1)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cache_of_a_rollout(precision, window, sink, folder, monkeypatch):
-    config = small_config(folder, f"precision={precision}", "backend=ext")
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp32", []), ("bf16", []), ("bf16", ["rollout.quantization=int8", "rollout.rope=on_read"])],
+)
+def test_cache_of_a_rollout(precision, options, window, sink, folder, monkeypatch):
+    config = small_config(folder, f"precision={precision}", "backend=ext", *options)
     config.rollout.window_frames, config.rollout.sink_frames = window, sink
     network = CaptionedModel.load(folder / "start.safetensors", True, "ext", source().embed)
     caches = []
@@ -99,6 +104,23 @@ def test_cache_of_a_rollout(precision, window, sink, folder, monkeypatch):
     monkeypatch.setattr(network.model, "make_cache", lambda *a, **o: caches.append(make_cache(*a, **o)) or caches[-1])
     generate_causal(network, ["a", "b"], 8, config.rollout, torch.Generator(), precision)
     assert caches[0].nbytes == cache_bytes(config, 8, 2, window, sink)
+
+
+@pytest.mark.parametrize(("frames", "window", "sink"), [(12, 4, 0), (24, 4, 2), (22, 6, 3), (20, None, 0)])
+def test_cache_of_a_rollout_with_gradient(frames, window, sink, folder, monkeypatch):
+    """A windowed pool grows, since backward reads what has left the window."""
+    config = small_config(folder, "backend=ext")
+    config.rollout.window_frames, config.rollout.sink_frames = window, sink
+    network = CaptionedModel.load(folder / "start.safetensors", True, "ext", source().embed)
+    caches = []
+    make_cache = network.model.make_cache
+    monkeypatch.setattr(network.model, "make_cache", lambda *a, **o: caches.append(make_cache(*a, **o)) or caches[-1])
+    pipeline = SelfForcingTrainingPipeline(
+        network.model, network.schedule(), [1000.0], **config.rollout.blocks(), gradient_frames=frames
+    )
+    result = pipeline.rollout(torch.randn(2, frames, 4, 16, 20), torch.randn(2, 20, 48), TorchNoise(0))
+    assert result.video.requires_grad
+    assert caches[0].nbytes == training_cache_bytes(config, frames, 2)
 
 
 def test_states(folder):
