@@ -172,6 +172,7 @@ class PagedKVCache:
         self._longest_block = min(moving, default=None)
         self._limited = [stream for stream in streams if stream.max_frames is not None]
         self._blocks: list[_Block] = []
+        self._ended = False
         self._read_blocks: set[int] = set()  # of these, those that a view reads as they are now
         self._view: KVCacheView | None = None  # of the current block, while autograd records
         self._gradient = CacheGradient(pool) if self.grad_through_cache else None
@@ -385,9 +386,20 @@ class PagedKVCache:
     def drop(self, block: int = 0) -> None:
         """Forgets the blocks that are not committed, from this one on."""
         if block < len(self._blocks):
-            self._view = None
             del self._blocks[block:]
-            self.refresh()
+            for stream in self.streams:
+                stream.retain(self._staged_frames(block))
+
+    def end(self) -> None:
+        """What a stream of the cache does when it closes: blocks that are not committed are dropped, and the cache can
+        no longer be used."""
+        self._blocks.clear()
+        self._view = None
+        self._ended = True
+        for stream in self.streams:
+            stream._batches.discard(self)
+            if not stream.closed:
+                stream.retain()
 
     def reserve(self, num_frames: int) -> None:
         """Takes the pages for the next block, as its first write does otherwise. Only needed before a compiled graph
@@ -412,7 +424,6 @@ class PagedKVCache:
             self._gradient.forget()
         for stream in self.streams:
             stream.reset()
-        self.refresh()
 
     # ---- What a block may be
 
@@ -467,6 +478,8 @@ class PagedKVCache:
     def _check_turn(self, name: str, num_frames: int, block: int, layer: int | None) -> None:
         """Raises ValueError unless a block of this length can be this one of those that are not committed. Not for
         graphs: all this changes."""
+        if self._ended:
+            raise ValueError("a stream of the cache is closed: make a new cache of those that are open")
         if not 0 <= block <= len(self._blocks):
             raise ValueError(
                 f"block is {block}, but must be in [0, {len(self._blocks)}]: {len(self._blocks)} blocks are written "
@@ -484,6 +497,9 @@ class PagedKVCache:
                 f"{name} has {num_frames} frames, but must have {self._blocks[block].num_frames} like the block that "
                 f"layers {sorted(self._blocks[block].written)} have written and that is not committed yet"
             )
+        if block == 0 and num_frames < self._shortest_block:
+            for stream in self.streams:
+                stream.check_visible(num_frames)
         for index, before_it in enumerate(self._blocks[:block]):
             if layer is not None and layer not in before_it.written:
                 raise ValueError(f"block is {block}, but layer {layer} has not written block {index}")
@@ -533,23 +549,22 @@ class PagedKVCache:
         if again and block not in self._read_blocks:
             return False
         starts = self._start_frames(block)
+        lengths = [written.num_frames for written in self._blocks] + ([] if again else [num_frames])
         if not self._blocks:
-            for stream, start in zip(self.streams, starts, strict=True):
-                stream._check_open()
-                stream.check_visible(start, start + num_frames)
+            for stream in self.streams:
                 if any(batch is not self and batch.has_uncommitted_blocks for batch in stream._batches):
                     raise ValueError("a stream of the cache is being written by another batch: commit or drop it there")
         self._view = None  # it would keep pages from the block
         steps = [
-            stream.step(start, start + num_frames, again) for stream, start in zip(self.streams, starts, strict=True)
+            stream.step(start, start + num_frames, lengths, again)
+            for stream, start in zip(self.streams, starts, strict=True)
         ]
         self.pool.advance(steps, may_grow)
         self._read_blocks.discard(block)
         if not again:
             self._blocks.append(_Block(num_frames))
-            if block == 0:
-                for stream, start in zip(self.streams, starts, strict=True):
-                    stream.evict(start, start + num_frames)
+            for stream in self.streams:
+                stream.evict(lengths[0])
         return True
 
     def _commit(self, num_frames: int) -> None:
@@ -569,12 +584,19 @@ class PagedKVCache:
         self._read_blocks = {block - 1 for block in self._read_blocks if block > 0}
         for stream in self.streams:
             stream.commit(num_frames)
+        self.refresh_others()
+
+    def refresh_others(self) -> None:
+        """Shows other batches of the cache's streams that these have gone on."""
+        for batch in {batch for stream in self.streams for batch in stream._batches} - {self}:
+            batch.refresh()
 
     def refresh(self) -> None:
         """Brings the tensors that kernels read up to date with streams and page table. Streams call it; nobody else
         needs to."""
         self._view = None
         self._staged.clear()
+        self._shortest_block = max(stream.shortest_block for stream in self.streams)
         longest = max(self.pool.table.row_length(number) for number in self._numbers)
         if longest > self._page_table.shape[1]:
             self._page_table = self._page_table.new_zeros(self.batch_size, 2 * longest)
@@ -583,7 +605,6 @@ class PagedKVCache:
         if records.shape[2] > lists or records.shape[3] > spans:
             sizes = max(records.shape[2], lists), max(records.shape[3], spans)
             self._past_spans = self._past_spans.new_zeros(len(self._lengths), self.batch_size, *sizes, 4)
-        self._make_turns(int(rope_position.max()))
         self.mirror_pages(self._page_table, self._write_start)
         self.mirror_past(self._past_spans, self._position, self._rope_position, (records, rope_position))
 
@@ -632,6 +653,7 @@ class PagedKVCache:
         records[..., 2] = before * self.frame_seqlen
         sink, past = self._past_bias[:2]
         records[..., 3] = np.where(sees_sink, np.float32(sink), np.float32(past)).view(np.int32)
+        self._make_turns(int(start.max()))
         return records, start.astype(np.int32)
 
     def _selected_past(
@@ -657,7 +679,7 @@ class PagedKVCache:
             for j, lists in enumerate(of_length):
                 for g in range(num_lists):
                     spans = lists[g if len(lists) > 1 else 0]
-                    frames[i, j, g, : len(spans)] = spans
+                    frames[i, j, g, : len(spans)] = np.array(spans).reshape(-1, 2)
         return frames, frames[..., 1] <= self._sinks[None, :, None, None]
 
     def _write_starts(self, block: int) -> Tensor:
@@ -732,7 +754,7 @@ class KVCacheView:
         self._cache = cache
         self.block = block
         # The memory and the table of now: activation checkpointing wants the same shapes again.
-        self._layers, self._turns = list(cache.pool.saved_layers), cache._turns
+        self._layers = list(cache.pool.saved_layers)
         if block == 0:
             self.position = kv_cache_ops.copy_of_position(cache._position)
             self._page_table, self._past_spans = kv_cache_ops.pin(cache)
@@ -743,6 +765,7 @@ class KVCacheView:
             self._page_table = kv_cache_ops.pinned_rows(cache, cache._page_table, block)
             self._past_spans, self._rope_position = (torch.from_numpy(x).to(cache.device) for x in (records, starts))
             cache._read_blocks.update(range(block))
+        self._turns = cache._turns
         self._gradient: PastGradient | None = None
         if cache._gradient is not None:
             rows = [cache.pool.table.row(number) for number in cache._numbers]

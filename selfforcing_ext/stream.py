@@ -79,6 +79,7 @@ class Stream:
         self._selected: list[list[Interval]] | None = None  # one list for all heads, or one for each
         self._selected_at = 0  # frames before this one are seen if they are selected, later ones as usual
         self._forgot = False
+        self._newest_block_frames = 1  # of the block for which frames were evicted last
         self._batches: weakref.WeakSet[PagedKVCache] = weakref.WeakSet()  # whose tensors show this stream
 
     def _set_table_number(self, number: int) -> None:
@@ -127,9 +128,9 @@ class Stream:
         """Forgets the newest committed frames, and blocks that are not committed.
 
         Raises:
-            ValueError: the stream is closed or has fewer frames, the pool has ``grad_through_cache``, or a block in
-                place of the forgotten frames would see frames that were evicted (``rollback_frames`` keeps them). The
-                stream is unchanged then.
+            ValueError: the stream is closed or has fewer frames, the pool has ``grad_through_cache``, or the next
+                block, as long as the one that was written last, would see frames that were evicted
+                (``rollback_frames`` keeps them). The stream is unchanged then.
         """
         self._check_open()
         self._check_constant("rollback")
@@ -138,9 +139,7 @@ class Stream:
                 f"num_frames is {num_frames}, but must be in [0, {self._num_frames}], the committed frames"
             )
         left = self._num_frames - num_frames
-        block = num_frames if self.window_frames is None else min(num_frames, self.window_frames - self.sink_frames)
-        seen = intervals.merge(interval for frames in self.visible(left, left + block) for interval in frames)
-        evicted = self._evicted(intervals.intersect(seen, [(0, left)]))
+        evicted = self._evicted(self._seen(left, left + self._newest_block_frames))
         if evicted:
             raise ValueError(
                 f"num_frames is {num_frames}, but the frames {_text(evicted)} that would be visible again were "
@@ -153,7 +152,7 @@ class Stream:
         if self._selected is not None:
             self._selected = [intervals.intersect(frames, [(0, left)]) for frames in self._selected]
             self._selected_at = min(self._selected_at, left)
-        self._retain()
+        self.retain()
 
     def select_frames(self, frames: Sequence[int] | Sequence[Sequence[int]] | None, forget: bool = False) -> None:
         """Chooses what later blocks see of the frames committed so far: exactly these, in place of sink and window.
@@ -191,7 +190,7 @@ class Stream:
         if forget:
             self._forgot = True
             self._held = intervals.merge(interval for numbers in selected for interval in numbers)
-            self._retain()
+            self.retain()
         else:
             self._changed()
 
@@ -220,6 +219,7 @@ class Stream:
             "selected": self._selected,
             "selected_at": self._selected_at,
             "forgot": self._forgot,
+            "newest_block_frames": self._newest_block_frames,
         }
         temporary = path.with_name(f".{path.name}.writing")
         save_file(tensors, temporary, {"format": _FORMAT, "stream": json.dumps(description)})
@@ -229,9 +229,9 @@ class Stream:
 
     def close(self) -> None:
         """Gives its pages back. What views and recorded graphs read stays until they are gone."""
-        for batch in list(self._batches):
-            batch.drop()
         self._finalizer()
+        for batch in list(self._batches):
+            batch.end()
 
     # ---- What its batches do with it
 
@@ -243,26 +243,38 @@ class Stream:
         later = intervals.intersect(usual, [(self._selected_at, start)])
         return [intervals.merge([*frames, *later]) for frames in self._selected]
 
-    def check_visible(self, start: int, end: int) -> None:
-        """Raises ValueError if a block [start, end) would see frames that are no longer there."""
-        for frames in self.visible(start, end):
-            evicted = self._evicted(intervals.intersect(frames, [(0, self._num_frames)]))
-            if evicted:
-                raise ValueError(
-                    f"a block of {end - start} frames at frame {start} sees the frames {_text(evicted)}, but these "
-                    "were evicted when a longer block was written"
-                )
+    @property
+    def shortest_block(self) -> int:
+        """Frames that the next block has at least: a shorter one would see frames that were evicted."""
+        if self.window_frames is None:
+            return 1
+        seen_as_usual = [(max(self._selected_at, self.sink_frames), self._num_frames)]
+        evicted = self._evicted(intervals.merge(seen_as_usual))
+        end = evicted[-1][1] if evicted else 0
+        return max(1, end - self._num_frames + self.window_frames - self.sink_frames)
 
-    def step(self, start: int, end: int, again: bool) -> Step:
-        """What writing a block [start, end) means for the page table. The first block that is not committed evicts the
-        frames that neither it nor a later one sees."""
-        kept = [(0, end)] if again or start > self._num_frames else self._kept(start, end)
+    def check_visible(self, num_frames: int) -> None:
+        """Raises ValueError if the next block, of this length, would see frames that were evicted."""
+        start = self._num_frames
+        evicted = self._evicted(self._seen(start, start + num_frames))
+        if evicted:
+            raise ValueError(
+                f"a block of {num_frames} frames at frame {start} sees the frames {_text(evicted)}, but these were "
+                "evicted when a longer block was written"
+            )
+
+    def step(self, start: int, end: int, block_frames: Sequence[int], again: bool) -> Step:
+        """What writing a block [start, end) means for the page table. ``block_frames``: frames of all uncommitted
+        blocks, this one included. If it was not there, frames are evicted that none of them sees."""
+        kept = self._held if again else self._kept(block_frames[0])
+        uncommitted = self._num_frames, self._num_frames + sum(block_frames)
         written = start * self.frame_seqlen, end * self.frame_seqlen
-        return self._number, intervals.scale(kept, self.frame_seqlen), written, again
+        return self._number, intervals.scale(intervals.merge([*kept, uncommitted]), self.frame_seqlen), written, again
 
-    def evict(self, start: int, end: int) -> None:
+    def evict(self, first_frames: int) -> None:
         """Forgets what ``step`` gave back."""
-        self._held = self._kept(start, end)
+        self._held = self._kept(first_frames)
+        self._newest_block_frames = first_frames
 
     def commit(self, num_frames: int) -> None:
         """Makes written frames part of the stream."""
@@ -272,25 +284,34 @@ class Stream:
     def reset(self) -> None:
         self._num_frames = 0
         self._held, self._selected, self._selected_at, self._forgot = [], None, 0, False
-        self.pool.table.retain(self._number, [])
+        self._newest_block_frames = 1
+        self.retain()
 
     # ---- Inner parts
 
-    def _kept(self, start: int, end: int) -> list[Interval]:
-        """Committed frames that are still needed once a block [start, end) is written."""
+    def _kept(self, num_frames: int) -> list[Interval]:
+        """Committed frames that are still needed once the next block, of this length, is written."""
         if self.window_frames is None and not self._forgot:
             return self._held
         window = None if self.window_frames is None else self.window_frames + self.rollback_frames
-        needed = visible_past(start, end, window, self.sink_frames)
+        needed = visible_past(self._num_frames, self._num_frames + num_frames, window, self.sink_frames)
         needed += [interval for frames in self._selected or [] for interval in frames]
         return intervals.intersect(self._held, intervals.merge(needed))
+
+    def _seen(self, start: int, end: int) -> list[Interval]:
+        """Frames before a block [start, end) that some head sees."""
+        return intervals.intersect(
+            intervals.merge(interval for frames in self.visible(start, end) for interval in frames), [(0, start)]
+        )
 
     def _evicted(self, frames: Sequence[Interval]) -> list[Interval]:
         return intervals.subtract(frames, self._held)
 
-    def _retain(self) -> None:
-        """Brings the page table to the frames that are held."""
-        self.pool.table.retain(self._number, intervals.scale(self._held, self.frame_seqlen))
+    def retain(self, uncommitted_frames: int = 0) -> None:
+        """Brings the page table to the frames that are held, and those of blocks that are not committed."""
+        written = (self._num_frames, self._num_frames + uncommitted_frames)
+        kept = intervals.merge([*self._held, written])
+        self.pool.table.retain(self._number, intervals.scale(kept, self.frame_seqlen))
         self._changed()
 
     def _changed(self) -> None:
@@ -354,6 +375,7 @@ def load_stream(pool: PagePool, path: str | os.PathLike[str]) -> Stream:
             if description["selected"] is not None:
                 stream._selected = [[(start, end) for start, end in frames] for frames in description["selected"]]
             stream._selected_at, stream._forgot = description["selected_at"], description["forgot"]
+            stream._newest_block_frames = description["newest_block_frames"]
             pages, slots = stream.places(stream._held)
             with torch.no_grad():
                 for layer, name, tensor in _named_tensors(pool):
