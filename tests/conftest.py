@@ -14,6 +14,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 # For a search that takes minutes and looks at other examples every time; a failure prints how to repeat it.
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=5000, print_blob=True)
+# For sequences of calls, which take longer each.
+hypothesis.settings.register_profile("thousands", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.register_profile("ten_thousands", deadline=None, max_examples=20000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

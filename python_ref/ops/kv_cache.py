@@ -349,6 +349,8 @@ class PagedKVCache:
         view = copy.copy(self)
         view._first_block = block
         view.streams = [stream._snapshot() for stream in self.streams]
+        for stream in view.streams:
+            del stream._blocks[block:]
         return view
 
     def _check_block(self, layer: int, k: Tensor, v: Tensor) -> int:
