@@ -18,7 +18,7 @@ from python_ref.checkpoint import save_weights
 from python_ref.config import load_config
 from python_ref.data.prompts import read_prompts
 from python_ref.data.shards import is_written
-from python_ref.data.source import open_source
+from python_ref.data.source import TrainingSource, open_source
 from python_ref.metrics import ProgressLine
 from python_ref.models.captioned import CaptionedModel
 from python_ref.pipelines.bidirectional import solve_bidirectional
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--prompt", action="append", default=[], help="caption; may be repeated, pairs take turns")
     parser.add_argument("--prompts-file", help="text file with one caption a line")
-    parser.add_argument("--config", help="without prompts: captions are those of this configuration's training data")
+    parser.add_argument("--config", help="whose data gives captions where no prompt is given, and their embeddings")
     parser.add_argument("--denoising-steps", type=int, nargs="+", default=[1000, 750, 500, 250])
     parser.add_argument("--sample-steps", type=int, default=48, help="Euler steps of the solution")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="flow = uncond + scale (cond - uncond)")
@@ -69,9 +69,10 @@ def make_pairs(options: argparse.Namespace) -> list[Path]:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; accepted: 1 or more")
     torch.set_num_threads(options.threads)
-    network = CaptionedModel.load(options.checkpoint, causal=False, backend=options.backend).frozen()
+    source = open_source(load_config(options.config).data)
+    network = CaptionedModel.load(options.checkpoint, False, options.backend, source.embed).frozen()
     states = states_at(options.denoising_steps, options.sample_steps, network.schedule().num_train_timesteps)
-    captions = _captions(options)
+    captions = _captions(options, source)
     recipe = {
         "teacher": network.settings,
         "denoising_steps": options.denoising_steps,
@@ -142,11 +143,10 @@ def states_at(denoising_steps: Sequence[int], sample_steps: int, num_train_times
     return [sample_steps - step * sample_steps // num_train_timesteps for step in denoising_steps] + [sample_steps]
 
 
-def _captions(options: argparse.Namespace) -> Captions:
+def _captions(options: argparse.Namespace, source: TrainingSource) -> Captions:
     if options.prompt or options.prompts_file:
         prompts = read_prompts(options.prompt, options.prompts_file)
         return lambda first, count: [prompts[number % len(prompts)] for number in range(first, first + count)]
-    source = open_source(load_config(options.config).data)
     return source.captions
 
 

@@ -1,7 +1,10 @@
 """Wan2.1's encoders in miniature, what they are run over once, and training from there."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,19 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from video_writing import write_video
 
 from python_ref.checkpoint import load_weights
+from python_ref.config import load_config, to_yaml
 from python_ref.data.cache_latents import main as cache
 from python_ref.data.latents import CachedLatents, LatentsConfig
+from python_ref.data.ode_pairs import OdePairs
 from python_ref.data.video_files import VideoFiles, VideoFilesConfig
+from python_ref.make_ode_pairs import main as make_ode_pairs
 from python_ref.metrics import read_metrics
 from python_ref.models.captioned import CaptionedModel, GivenTexts
 from python_ref.models.umt5 import WanTextEncoder
 from python_ref.models.wan_vae import WanVideoAutoencoder
 from python_ref.train import main as train
 
+ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a cat runs", "two dogs sleep & dream", "a cat sleeps"]
 NEGATIVE = "two cat"
 TEXT_LEN = 6
@@ -198,9 +205,19 @@ def test_every_stage_trains_on_latents(cached, pipeline, tmp_path):
         assert all(name.startswith("model.") for name in tensors)
         assert len(read_metrics(tmp_path / "logs" / stage / "metrics.jsonl")) == 2
 
+    (tmp_path / "latents.yaml").write_text(to_yaml(load_config(None, [*TINY, *where])))
+    pairs = ["--checkpoint", str(tmp_path / "teacher.safetensors"), "--config", str(tmp_path / "latents.yaml")]
+    sizes = ["--pairs", "2", "--denoising-steps", "1000", "500", "--sample-steps", "2", "--threads", "1"]
+    assert make_ode_pairs([*pairs, *sizes, "--output", str(tmp_path / "pairs"), "--backend", "reference"]) == 0
+    trajectory, caption = OdePairs(tmp_path / "pairs")[0]
+    assert trajectory.shape == (3, 3, CHANNELS, 2, 3)
+    assert caption in CAPTIONS
+    options = [*TINY, *where, "stage=ode", f"ode.pairs={tmp_path}/pairs", f"ode.init={tmp_path}/teacher.safetensors"]
+    assert train(["--config", str(tmp_path / "c.yaml"), *options, "ode.steps=1", "ode.batch_size=2"]) == 0
+
 
 def test_rollouts_need_captions_alone(cached, pipeline, tmp_path, capsys):
-    """Self-forcing trains without videos; a stage that needs them says so."""
+    """Self-forcing trains without videos, in two processes as in one; a stage that needs them says so."""
     texts = tmp_path / "texts"
     assert run(pipeline, texts, *(f"--prompt={caption}" for caption in CAPTIONS)) == 0
     (tmp_path / "c.yaml").write_text("stage: teacher\n")
@@ -212,3 +229,11 @@ def test_rollouts_need_captions_alone(cached, pipeline, tmp_path, capsys):
         options = [*TINY, *where, f"data.latents.folder={folder}", f"stage={stage}", f"{stage}.steps=1"]
         assert train(["--config", str(tmp_path / "c.yaml"), *options]) == code
     assert "captions without videos" in capsys.readouterr().err
+
+    alone = read_metrics(tmp_path / "logs" / "self_forcing" / "metrics.jsonl")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "python_ref.train"]
+    options = [*TINY, *where, f"data.latents.folder={texts}", "stage=self_forcing", "self_forcing.steps=1"]
+    sharded = [*launch, "--config", str(tmp_path / "c.yaml"), *options, "distributed.strategy=fsdp"]
+    subprocess.run(sharded, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    together = read_metrics(tmp_path / "logs" / "self_forcing" / "metrics.jsonl")
+    assert together[0]["critic_loss"] == pytest.approx(alone[0]["critic_loss"], rel=1e-4)
