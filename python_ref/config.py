@@ -332,6 +332,7 @@ class Config:
     seed: int = 0
     resume: bool = False
     backend: str = "ext"
+    device: str = "cpu"  # or "cuda": each process has a GPU of its own
     threads: int = 2
     precision: str = "bf16"  # autocast of the networks; "fp32": none. Weights and optimizer are always float32
     checkpoint_activations: bool = False  # recompute each layer in backward rather than keep its activations
@@ -351,6 +352,7 @@ class Config:
     def __post_init__(self) -> None:
         _check_choice("stage", self.stage, STAGES)
         _check_choice("backend", self.backend, ("ext", "reference"))
+        _check_choice("device", self.device, ("cpu", "cuda"))
         _check_choice("precision", self.precision, ("bf16", "fp32"))
         if self.logging.drift_videos and self.data.source != "moving_digits":
             raise ValueError(

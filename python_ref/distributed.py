@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from python_ref.batch_share import BatchShare
-from python_ref.config import DistributedConfig
+from python_ref.config import Config, DistributedConfig
 from python_ref.context_parallel import ContextParallel
 from python_ref.models.wan import WanBackbone
-from python_ref.processes import process_count, process_rank, share_first_weights
+from python_ref.processes import process_count, process_device, process_rank, share_first_weights
 
 
 def batch_share(config: DistributedConfig) -> BatchShare:
@@ -33,34 +33,37 @@ def batch_share(config: DistributedConfig) -> BatchShare:
     return BatchShare(process_rank() // group_size, count // group_size)
 
 
-def distribute(config: DistributedConfig, *modules: nn.Module) -> None:
-    """Prepares modules for the processes of the run, in place; nothing changes in a run of one process.
+def distribute(config: Config, *modules: nn.Module) -> None:
+    """Moves modules to this process's device and prepares them for several processes, in place.
 
     All processes go on with the weights of the first. With "fsdp" each keeps only its part of them; with "ddp" it keeps
     them all, and `python_ref.learning.Learner` averages the gradients. With `context_parallel` neighbouring processes
     share the tokens of their videos; see `python_ref.context_parallel`, also for why all gradients may be averaged.
 
     Args:
-        config: how to spread them.
+        config: of the run; its `device` and `distributed` count.
         modules: all networks of a stage, frozen ones and averages too, each before its optimizer is made. A module that
             is no `WanBackbone` is sharded by its parts, which must then be called as modules.
     """
-    count, group_size = process_count(), config.context_parallel
+    device = process_device(config.device)
+    for module in modules:
+        module.to(device)
+    count, group_size = process_count(), config.distributed.context_parallel
     if count == 1:
         return
     if group_size > 1:
-        groups = init_device_mesh("cpu", (count // group_size, group_size), mesh_dim_names=("batch", "context"))
+        groups = init_device_mesh(device.type, (count // group_size, group_size), mesh_dim_names=("batch", "context"))
         parallel = ContextParallel(groups["context"].get_group())
         for backbone in (part for module in modules for part in module.modules() if isinstance(part, WanBackbone)):
             backbone.split_context(parallel)
     for module in modules:
         share_first_weights(module)
-        if config.strategy == "fsdp":
+        if config.distributed.strategy == "fsdp":
             # Our models change nothing in place, so that views may be returned.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             # Nothing stays gathered after a forward, so that weights that change without a backward (averages) are
             # gathered anew in the next one.
-            _shard_parts(module, mesh=init_device_mesh("cpu", (process_count(),)), reshard_after_forward=True)
+            _shard_parts(module, mesh=init_device_mesh(device.type, (count,)), reshard_after_forward=True)
 
 
 def _shard_parts(module: nn.Module, **options: Any) -> None:
@@ -79,7 +82,8 @@ def shard_parameters(model: WanBackbone, **options: Any) -> None:
     """Shards parameters, gradients and optimizer state with FSDP2, in place: one group per layer.
 
     A caption is encoded apart from the layers' forward, and may be encoded once for several calls. So each
-    cross-attention is a group of its own, gathered for ``keys_and_values`` as well.
+    cross-attention is a group of its own, gathered for ``keys_and_values`` as well. Methods of the model that are
+    called in place of ``forward`` gather its weights as ``forward`` does.
 
     Args:
         model: on the device that it will run on, before its optimizer is made.
@@ -90,4 +94,6 @@ def shard_parameters(model: WanBackbone, **options: Any) -> None:
         register_fsdp_forward_method(block.cross_attn, "keys_and_values")
         fully_shard(block, **options)
     fully_shard(model, **options)
-    register_fsdp_forward_method(model, "encode_context")
+    for method in ("encode_context", "features"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)

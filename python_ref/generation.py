@@ -24,7 +24,7 @@ def generate_causal(
     precision: str,
     initial_latents: Tensor | None = None,
 ) -> Tensor:
-    """Block by block in a few steps; float32 [B, num_frames, C, H, W] in about -1..1, of any length.
+    """Block by block in a few steps; float32 [B, num_frames, C, H, W] in about -1..1, of any length, on the CPU.
 
     Args:
         network: with a CausalWanModel.
@@ -56,7 +56,8 @@ def generate_causal(
     noise = torch.randn(network.latent_shape(len(captions), num_frames - given), generator=generator)
     with network_precision(precision):
         context, _ = network.contexts(captions)
-        return pipeline.generate(noise, context, TorchNoise(generator), initial_latents)
+        given_latents = None if initial_latents is None else initial_latents.to(context.device)
+        return pipeline.generate(noise.to(context.device), context, TorchNoise(generator), given_latents).cpu()
 
 
 @torch.no_grad()
@@ -68,9 +69,11 @@ def generate_bidirectional(
     generator: torch.Generator,
     precision: str,
 ) -> Tensor:
-    """All frames at once in many steps with guidance; float32 [B, F, C, H, W], F as in training."""
+    """All frames at once in many steps with guidance; float32 [B, F, C, H, W], F as in training, on the CPU."""
     assert isinstance(network.model, WanModel)
     noise = torch.randn(network.latent_shape(len(captions)), generator=generator)
     with network_precision(precision):
         context, uncond = network.contexts(captions)
-        return sample_bidirectional(network.model, network.schedule(steps), noise, context, uncond, guidance_scale)
+        noise = noise.to(context.device)
+        videos = sample_bidirectional(network.model, network.schedule(steps), noise, context, uncond, guidance_scale)
+        return videos.cpu()

@@ -1,17 +1,23 @@
 """The numerical precision of the networks."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
 
-def network_precision(precision: str) -> torch.autocast:
-    """Autocast to bfloat16 for "bf16", and none for "fp32"; weights stay float32 in both.
+@contextmanager
+def network_precision(precision: str) -> Iterator[None]:
+    """Autocast to bfloat16 for "bf16", and none for "fp32", on every device; weights stay float32 in both.
 
     The cache of cast weights is off: a rollout mixes calls with and without gradient, and a weight that was cast
     without gradient would be reused where gradient is needed.
     """
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    wanted = precision == "bf16"
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device_type, torch.bfloat16, enabled=wanted, cache_enabled=False))
+        yield
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -8,6 +8,7 @@ block and denoising step, with and without gradient, encodes captions apart, and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -31,6 +32,21 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def process_device(kind: str) -> torch.device:
+    """This process's device of a kind, "cpu" or "cuda". GPUs go by the process's number on its machine.
+
+    Raises:
+        ValueError: there is no such GPU.
+    """
+    if kind != "cuda":
+        return torch.device(kind)
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"device is 'cuda', but process {number} of this machine finds {count} GPUs; accepted: 'cpu'")
+    torch.cuda.set_device(number)
+    return torch.device(kind, number)
 
 
 def process_count() -> int:

@@ -4,7 +4,6 @@ processes: `torchrun --nproc-per-node 2 -m python_ref.train --config ... distrib
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from python_ref.config import Config, load_config
 from python_ref.data.source import TrainingSource, open_source
 from python_ref.distributed import batch_share
-from python_ref.processes import is_first_process, process_group
+from python_ref.processes import is_first_process, process_device, process_group
 from python_ref.stages import Stage
 from python_ref.stages.causal import CausalStage
 from python_ref.stages.consistency import ConsistencyStage
@@ -35,7 +34,7 @@ def train(config: Config) -> Path:
     source = open_source(config.data)
     own_captions = config.data.source == "moving_digits" and not config.samples_continue_data
     prompts = None if own_captions else source.captions(0, config.logging.sample_prompts)
-    stage = make_stage(config, replace(source, share=batch_share(config.distributed)))
+    stage = make_stage(config, source.for_process(batch_share(config.distributed), process_device(config.device)))
     return Trainer(config, stage, prompts, source.show).run()
 
 

@@ -10,41 +10,78 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import TINY
+from tiny_runs import TINY, losses
 
 from python_ref.checkpoint import Checkpointer, read_tensors
-from python_ref.metrics import read_metrics
 from python_ref.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
-STRATEGIES = ("ddp", "fsdp")
-STAGES = ("teacher", "causal", "self_forcing")
 HALF, WHOLE = 2, 4  # steps
 # Batches are added up in another order; far below what two steps change.
-RELATIVE_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-6
+RELATIVE_TOLERANCE, METRIC_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-6, 1e-6
+
+CASES: dict[str, tuple[str, list[str]]] = {
+    "teacher": ("teacher", ["teacher.caption_dropout=0.5", "teacher.accumulate=2"]),
+    "causal": ("causal", []),
+    "self-forcing": ("self_forcing", []),
+    "one pass": (
+        "self_forcing",
+        ["self_forcing.videos=noised_data", "self_forcing.objective=sid", "checkpoint_activations=true"],
+    ),
+    # A relativistic loss does not see what moves all logits alike, whose rounding Adam would magnify.
+    "gan": (
+        "self_forcing",
+        ["self_forcing.objective=gan", "self_forcing.gan.layers=[0,1]", "self_forcing.gan.relativistic=false"],
+    ),
+    "stream": (
+        "self_forcing",
+        ["self_forcing.stream_steps=3", "self_forcing.stream_frames=3", "rollout.window_frames=6"],
+    ),
+    "consistency": ("consistency", ["consistency.guidance_scale=2", "consistency.solver_steps=2"]),
+}
+# "<strategy>": in two processes. "one to <strategy>": resumed from half of the run of one process; and the other way
+# round. "context": both processes on all samples, each with half of the tokens and heads.
+BOTH = ["ddp", "one to ddp", "ddp to one", "fsdp", "one to fsdp", "fsdp to one"]
+RUNS = {
+    "teacher": BOTH,
+    "causal": ["fsdp"],
+    "self-forcing": [*BOTH, "context"],
+    "one pass": ["fsdp"],
+    "gan": ["fsdp", "context"],
+    "stream": ["ddp", "one to ddp", "ddp to one"],
+    "consistency": ["fsdp"],
+}
 
 
 class Runs:
-    """Trainings of a few steps in subfolders of one folder."""
+    """Trainings of a few steps in subfolders `case/name` of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "config.yaml"
         self.config.write_text("stage: teacher\n")
 
-    def arguments(self, stage: str, name: str, *more: str, steps: int = WHOLE) -> list[str]:
+    def arguments(self, case: str, name: str, *more: str, steps: int = WHOLE) -> list[str]:
+        stage, options = CASES[case]
+        teacher, causal = (f"{self.folder}/start/{stage}.safetensors" for stage in ("teacher", "causal"))
         return [
-            *("--config", str(self.config), *TINY, f"stage={stage}", f"{stage}.steps={steps}"),
-            *("logging.checkpoint_every=2", f"output={self.folder / name}", "teacher.optimizer.warmup_steps=2"),
-            *(f"causal.init={self.folder}/start/teacher.safetensors", "teacher.caption_dropout=0.5"),
-            *(f"self_forcing.init={self.folder}/start/causal.safetensors", "teacher.accumulate=2"),
-            *(f"self_forcing.teacher={self.folder}/start/teacher.safetensors", *more),
+            *("--config", str(self.config), *TINY, f"stage={stage}", f"{stage}.steps={steps}", *options),
+            *("logging.checkpoint_every=2", f"output={self.folder / case / name}", "consistency.batch_size=4"),
+            *(f"causal.init={teacher}", f"self_forcing.init={causal}", f"self_forcing.teacher={teacher}"),
+            *(f"consistency.init={causal}", f"consistency.teacher={causal}", "teacher.optimizer.warmup_steps=2", *more),
         ]
 
-    def copy_half(self, stage: str, source: str, target: str) -> None:
+    def start(self) -> None:
+        """Trains what later stages start from."""
+        for stage in ("teacher", "causal"):
+            assert train(self.arguments(stage, "", f"output={self.folder}/start", steps=10)) == 0
+
+    def checkpoint(self, case: str, name: str, step: int) -> Path:
+        return Checkpointer(self.folder / case / name / "checkpoints" / CASES[case][0]).path(step)
+
+    def copy_half(self, case: str, source: str, target: str) -> None:
         """What a run had left when it was killed after HALF steps."""
-        name = Path("checkpoints") / stage / f"step_{HALF:08d}"
-        shutil.copytree(self.folder / source / name, self.folder / target / name)
+        shutil.copytree(self.checkpoint(case, source, HALF), self.checkpoint(case, target, HALF))
 
     def torchrun(self, runs: list[list[str]], **orders: object) -> subprocess.CompletedProcess:
         """Runs them in two processes; see torchrun_trainings.py for more orders."""
@@ -55,31 +92,27 @@ class Runs:
         worker = [str(ROOT / "tests" / "torchrun_trainings.py"), str(file)]
         return subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=300)
 
-    def weights(self, stage: str, name: str) -> dict[str, torch.Tensor]:
-        return read_tensors(self.folder / name / f"{stage}.safetensors")
-
-    def metrics(self, stage: str, name: str) -> list[dict[str, float]]:
-        entries = read_metrics(self.folder / name / "logs" / stage / "metrics.jsonl")
-        return [{name: value for name, value in entry.items() if name != "steps_per_second"} for entry in entries]
+    def weights(self, case: str, name: str) -> dict[str, torch.Tensor]:
+        return read_tensors(self.folder / case / name / f"{CASES[case][0]}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All runs: "one" in one process, "<strategy>" in two, "one to <strategy>" and "<strategy> to one"."""
+    """All of RUNS, and "one" in one process."""
     runs = Runs(tmp_path_factory.mktemp("runs"))
-    for stage in ("teacher", "causal"):
-        assert train(runs.arguments(stage, "start", steps=10)) == 0
+    runs.start()
     together = []
-    for stage in STAGES:
-        assert train(runs.arguments(stage, "one")) == 0
-        for strategy in STRATEGIES:
-            option = f"distributed.strategy={strategy}"
-            together.append(runs.arguments(stage, strategy, option))
-            runs.copy_half(stage, "one", f"one to {strategy}")
-            together.append(runs.arguments(stage, f"one to {strategy}", option, "resume=true"))
-    # Both processes on all samples, each with half of the tokens and heads.
-    split = ("distributed.strategy=fsdp", "distributed.context_parallel=2")
-    together.append(runs.arguments("self_forcing", "context", *split))
+    for case, names in RUNS.items():
+        assert train(runs.arguments(case, "one")) == 0
+        for name in names:
+            options = [f"distributed.strategy={name.removeprefix('one to ')}"]
+            if name.startswith("one to"):
+                runs.copy_half(case, "one", name)
+                options.append("resume=true")
+            elif name == "context":
+                options = ["distributed.strategy=fsdp", "distributed.context_parallel=2"]
+            if not name.endswith("to one"):
+                together.append(runs.arguments(case, name, *options))
     refused = [
         runs.arguments("teacher", "refused"),
         runs.arguments("teacher", "refused", "distributed.strategy=ddp", "teacher.batch_size=5"),
@@ -93,35 +126,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "distributed.context_parallel is 3; accepted: a divisor of 2 processes",
     ):
         assert done.stderr.count(f"error: {message}") == 2
-    for stage in STAGES:
-        for strategy in STRATEGIES:
-            runs.copy_half(stage, strategy, f"{strategy} to one")
-            assert train(runs.arguments(stage, f"{strategy} to one", "resume=true")) == 0
+    for case, names in RUNS.items():
+        for name in names:
+            if name.endswith("to one"):
+                runs.copy_half(case, name.removesuffix(" to one"), name)
+                assert train(runs.arguments(case, name, "resume=true")) == 0
     return runs
 
 
-NAMES = [name.format(strategy) for strategy in STRATEGIES for name in ("{}", "one to {}", "{} to one")]
-
-
-@pytest.mark.parametrize(
-    ("stage", "name"), [*((stage, name) for stage in STAGES for name in NAMES), ("self_forcing", "context")]
-)
-def test_two_processes_compute_what_one_does(stage: str, name: str, runs: Runs):
-    expected, found = runs.metrics(stage, "one"), runs.metrics(stage, name)
-    if "to" in name:
-        expected = expected[HALF:]
-    for one, two in zip(expected, found, strict=True):
-        assert two == pytest.approx(one, rel=RELATIVE_TOLERANCE), one["step"]
-    weights = runs.weights(stage, name)
-    for key, one in runs.weights(stage, "one").items():
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, names in RUNS.items() for name in names])
+def test_two_processes_compute_what_one_does(case: str, name: str, runs: Runs):
+    stage = CASES[case][0]
+    expected, found = (losses(runs.folder / case / run, stage) for run in ("one", name))
+    for one, two in zip(expected[HALF:] if "to" in name.split() else expected, found, strict=True):
+        assert two == pytest.approx(one, rel=RELATIVE_TOLERANCE, abs=METRIC_TOLERANCE), one["step"]
+    weights = runs.weights(case, name)
+    for key, one in runs.weights(case, "one").items():
         assert torch.allclose(weights[key], one, rtol=0, atol=WEIGHT_TOLERANCE), key
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_tolerance_is_below_what_half_a_run_changes(stage: str, runs: Runs):
+@pytest.mark.parametrize("case", CASES)
+def test_the_tolerance_is_below_what_half_a_run_changes(case: str, runs: Runs):
     half, whole = (
-        read_tensors(next((runs.folder / "one/checkpoints" / stage).glob(f"step_{step:08d}/*.safetensors")))
-        for step in (HALF, WHOLE)
+        read_tensors(next(runs.checkpoint(case, "one", step).glob("*.safetensors"))) for step in (HALF, WHOLE)
     )
     changes = [(whole[key] - half[key]).abs().max() for key in whole if key.startswith("modules.model.model.")]
     assert max(changes) > 30 * WEIGHT_TOLERANCE
@@ -129,12 +156,11 @@ def test_the_tolerance_is_below_what_half_a_run_changes(stage: str, runs: Runs):
 
 def test_both_processes_write_their_shards(runs: Runs):
     """Sharded weights lie in both files, each its rows; the files of replicated ones hold every tensor once."""
-    for strategy in STRATEGIES:
-        folder = Checkpointer(runs.folder / strategy / "checkpoints" / "teacher").path(WHOLE)
-        first, second = (read_tensors(file) for file in sorted(folder.glob("*.safetensors")))
-        name = "modules.model.model.blocks.0.ffn.0.weight"  # [64, 32]
-        rows = [len(tensors[name]) for tensors in (first, second) if name in tensors]
-        assert rows == ([32, 32] if strategy == "fsdp" else [64])
+    name = "modules.model.model.blocks.0.ffn.0.weight"  # [64, 32]
+    for strategy, wanted in (("fsdp", [32, 32]), ("ddp", [64])):
+        files = sorted(runs.checkpoint("teacher", strategy, WHOLE).glob("*.safetensors"))
+        assert len(files) == 2
+        assert [len(tensors[name]) for tensors in map(read_tensors, files) if name in tensors] == wanted
 
 
 @pytest.mark.parametrize(("rank", "function"), [(1, "_write_shards"), (0, "_write_text")], ids=["shards", "state"])
@@ -144,8 +170,8 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(rank: int,
     arguments = runs.arguments("teacher", "killed", "logging.keep_checkpoints=1")
     together = [*arguments, "distributed.strategy=fsdp"]
     assert runs.torchrun([together], kill={"rank": rank, "function": function, "time": 2}).returncode != 0
-    checkpoints = tmp_path / "killed/checkpoints/teacher"
+    checkpoints = runs.checkpoint("teacher", "killed", HALF).parent
     assert len(list(checkpoints.iterdir())) == 2  # what the killed write left ...
     assert Checkpointer(checkpoints).steps() == [HALF]  # ... does not count
     assert train([*arguments, "resume=true"]) == 0
-    assert [entry["step"] for entry in runs.metrics("teacher", "killed")] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in losses(tmp_path / "teacher/killed", "teacher")] == [1, 2, 3, 4]

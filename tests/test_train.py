@@ -171,6 +171,7 @@ def test_the_demo(config_file, starts, tmp_path, capsys):
         (["stage=first"], "stage is 'first'; accepted: 'teacher', 'causal', 'ode'"),
         (["backend=cuda"], "backend is 'cuda'"),
         (["precision=fp8"], "precision is 'fp8'"),
+        (["device=cuda:1"], "device is 'cuda:1'; accepted: 'cpu', 'cuda'"),
         (["data.moving_digits.num_digits=7"], "num_digits is 7; accepted: 1 or 2"),
         (["causal.forcing=self"], "causal.forcing is 'self'"),
         (["stage=causal", "causal.init=/nowhere/teacher.safetensors"], "/nowhere/teacher.safetensors does not exist"),

@@ -1,8 +1,9 @@
 """The one form in which training meets its data, whatever they are made from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from python_ref.batch_share import BatchShare
@@ -30,10 +31,17 @@ class TrainingSource:
     embed: Callable[[Sequence[str]], Tensor] | None = None  # B captions to a context [B, text_len, text_dim]
     show: Callable[[Tensor], Tensor] = lambda video: video  # to what people can look at, [B, F, 1 or 3, H, W] in -1..1
     share: BatchShare = field(default_factory=BatchShare)
+    device: torch.device | str = "cpu"  # where this process works on its part
+
+    def for_process(self, share: BatchShare, device: torch.device) -> "TrainingSource":
+        """The source as a process sees it that works on a share of every batch, on a device."""
+        embed = None if self.embed is None else lambda captions: self.embed(captions).to(device)
+        return replace(self, share=share, device=device, embed=embed)
 
     def part(self, first: int, size: int) -> tuple[Tensor, list[str]]:
-        """What this process works on of `batch(first, size)`; the rest is not made."""
-        return self.batch(*self.share.place(first, size))
+        """What this process works on of `batch(first, size)`, on its device; the rest is not made."""
+        video, captions = self.batch(*self.share.place(first, size))
+        return video.to(self.device), captions
 
     def captions_of_part(self, first: int, size: int) -> list[str]:
         return self.captions(*self.share.place(first, size))

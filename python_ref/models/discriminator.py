@@ -7,7 +7,6 @@ learned register tokens gather the features of a few layers by cross-attention. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +97,7 @@ class Discriminator(nn.Module):
         context: Tensor | EncodedContext,  # [B, text_len, text_dim]
     ) -> Tensor:
         """Logits [B, num_classes]: high for real videos. Arguments as of ``WanModel``."""
-        features, time = self._features(x, t, context)
+        features, time = self.model.features(x, t, context, self.layers)
         registers = self._register_tokens().expand(x.shape[0], -1, -1).split(1, dim=1)
         read = [
             block(register, tokens)
@@ -110,19 +109,3 @@ class Discriminator(nn.Module):
         with without_autocast(x.device.type):
             weight = self._cls_pred_branch[0].weight
             return self._cls_pred_branch(torch.cat(read, dim=1).flatten(1).to(weight.dtype))
-
-    def _features(self, x: Tensor, t: Tensor, context: Tensor | EncodedContext) -> tuple[list[Tensor], Tensor]:
-        """Tokens [B, L, dim] after each of ``layers``, and the embedded timestep [B, 1, dim]."""
-        seen: dict[nn.Module, Any] = {}
-
-        def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-            seen[module] = output
-
-        blocks = [self.model.blocks[layer] for layer in self.layers]
-        with ExitStack() as hooks:
-            for module in (*blocks, self.model.time_embedding):
-                hooks.enter_context(module.register_forward_hook(keep))
-            self.model(x, t, context)
-        frames = self.model.config.grid(x.shape)[0]
-        tokens = [self.model.whole_tokens(seen[block][0], frames) for block in blocks]
-        return tokens, seen[self.model.time_embedding]

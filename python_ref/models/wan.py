@@ -7,6 +7,7 @@ models have the same parameters, so that a causal model starts from a bidirectio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -174,22 +175,50 @@ class WanModel(WanBackbone):
             context: text embeddings, or what ``encode_context`` made of them.
             checkpoint_layers: recompute each layer in backward instead of keeping its activations.
         """
+        tokens, time = self._transform(x, t, context, checkpoint_layers)
+        return self._unpatchify(self.head(tokens, time), self.config.grid(x.shape)).to(x.dtype)
+
+    def features(
+        self,
+        x: Tensor,  # [B, F, C, H, W]
+        t: Tensor,  # [B]
+        context: Tensor | EncodedContext,  # [B, text_len, text_dim]
+        layers: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """What a discriminator reads: the tokens [B, L, dim] after each of ``layers``, and the embedded timestep
+        [B, 1, dim]. Arguments as of ``forward``."""
+        seen: dict[nn.Module, Tensor] = {}
+
+        def keep(block: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> None:
+            seen[block] = output[0]
+
+        blocks = [self.blocks[layer] for layer in layers]
+        with ExitStack() as hooks:
+            for block in blocks:
+                hooks.enter_context(block.register_forward_hook(keep))
+            _, time = self._transform(x, t, context)
+        frames = self.config.grid(x.shape)[0]
+        return [self.whole_tokens(seen[block], frames) for block in blocks], time
+
+    def _transform(
+        self, x: Tensor, t: Tensor, context: Tensor | EncodedContext, checkpoint_layers: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, dim] after the last layer, and the embedded timestep [B, 1, dim]."""
         if t.dim() != 1:
             raise ValueError(
                 f"t has shape {list(t.shape)}, but must be [B]: the bidirectional model has one timestep per video"
             )
-        grid = self.config.grid(x.shape)
         time, block_time = self._embed_time(t.unsqueeze(1))
         attention = self.ops.block_causal_attention
         tokens = self._run_blocks(
             self._embed_patches(x),
             block_time,
             context,
-            Positions(grid),
+            Positions(self.config.grid(x.shape)),
             lambda layer: lambda q, k, v: attention(q, k, v, None),
             checkpoint_layers,
         )
-        return self._unpatchify(self.head(tokens, time), grid).to(x.dtype)
+        return tokens, time
 
 
 class CausalWanModel(WanBackbone):

@@ -157,6 +157,10 @@ class StreamClips(RolloutClips):
         ):  # fmt: skip
             if getattr(settings, name) != accepted:
                 raise ValueError(f"{name} is {getattr(settings, name)!r}; accepted with stream_steps: {accepted!r}")
+        if config.distributed.context_parallel != 1:
+            raise ValueError(
+                f"distributed.context_parallel is {config.distributed.context_parallel}; accepted with stream_steps: 1"
+            )
         if config.rollout.window_frames is None:
             raise ValueError("rollout.window_frames is None; accepted with stream_steps: a window, as streams are long")
         super().__init__(config, network)

@@ -24,7 +24,7 @@ class ConsistencyStage(CausalExamplesStage):
         network = CaptionedModel.load(settings.init, causal=True, backend=config.backend, embed=source.embed)
         super().__init__(config, settings, source, network)
         teacher = CaptionedModel.load(settings.teacher, causal=True, backend=config.backend).frozen().model
-        distribute(config.distributed, teacher)
+        distribute(config, teacher)
         self.objective = ConsistencyDistillation(
             network.model,
             self.average.model,

@@ -43,7 +43,7 @@ class ExamplesStage:
         self.total_steps = settings.steps
         network.model.checkpoint_layers = config.checkpoint_activations
         self.average = network.average_copy()
-        distribute(config.distributed, network, self.average)
+        distribute(config, network, self.average)
         self.learner = Learner(network, settings.optimizer, self.total_steps)
         self.modules = {"model": network, "average": self.average}
         self.optimizers = {"model": self.learner.optimizer}

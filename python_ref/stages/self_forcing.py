@@ -39,7 +39,7 @@ class SelfForcingStage:
         self.average = self.network.average_copy()
         self.clips = make_clips(config, self.network, source.share)
         self.matching = make_matching(config, self.network)
-        distribute(config.distributed, self.network, *self.matching.networks, self.average)
+        distribute(config, self.network, *self.matching.networks, self.average, *self.clips.modules.values())
         self.learner = Learner(self.network.model, self.settings.generator, self.generator_updates(self.total_steps))
         self.critic_learner = Learner(self.matching.critic, self.settings.critic, self.total_steps)
         own = {"model": self.network, "critic": self.matching.critic, "average": self.average}
