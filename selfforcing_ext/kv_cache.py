@@ -13,6 +13,7 @@ Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pa
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from selfforcing_ext import intervals, kv_cache_ops
 from selfforcing_ext.attention import attention_over_spans, full_table, op_inputs
 from selfforcing_ext.cache_gradient import CacheGradient, PastGradient
 from selfforcing_ext.checks import check_heads, dtype_name
+from selfforcing_ext.frames import Frames
 from selfforcing_ext.intervals import Interval
 from selfforcing_ext.library import nvtx_range, ops
 from selfforcing_ext.mask import check_window, visible_past_of_many
@@ -172,7 +174,7 @@ class PagedKVCache:
         self._longest_block = min(moving, default=None)
         self._limited = [stream for stream in streams if stream.max_frames is not None]
         self._blocks: list[_Block] = []
-        self._ended = False
+        self._ended = False  # one of the streams is closed
         self._read_blocks: set[int] = set()  # of these, those that a view reads as they are now
         self._view: KVCacheView | None = None  # of the current block, while autograd records
         self._gradient = CacheGradient(pool) if self.grad_through_cache else None
@@ -195,7 +197,7 @@ class PagedKVCache:
         self._position = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._rope_position = torch.zeros(lengths, batch, dtype=torch.int32, device=self.device)
         self._turns: Turns | None = None  # of keys that are rotated on reading
-        self._handle = kv_cache_ops.register(self)
+        self._handle, self._reference = kv_cache_ops.register(self), weakref.ref(self)
         for stream in streams:
             stream._batches.add(self)
         self.refresh()
@@ -257,10 +259,6 @@ class PagedKVCache:
     def past_bias(self, bias: tuple[float, float, float] | None) -> None:
         self._past_bias = _checked_bias(bias)
         self.refresh()
-
-    @property
-    def has_uncommitted_blocks(self) -> bool:
-        return bool(self._blocks)
 
     # ---- Reading and writing
 
@@ -387,6 +385,8 @@ class PagedKVCache:
         """Forgets the blocks that are not committed, from this one on."""
         if block < len(self._blocks):
             del self._blocks[block:]
+            self._read_blocks = {read for read in self._read_blocks if read < block}
+            self._release()
             for stream in self.streams:
                 stream.retain(self._staged_frames(block))
 
@@ -394,6 +394,7 @@ class PagedKVCache:
         """What a stream of the cache does when it closes: blocks that are not committed are dropped, and the cache can
         no longer be used."""
         self._blocks.clear()
+        self._release()
         self._view = None
         self._ended = True
         for stream in self.streams:
@@ -418,8 +419,6 @@ class PagedKVCache:
 
     def reset(self) -> None:
         """Forgets every frame of every stream. The pool keeps its size."""
-        self._view = None
-        self._blocks.clear()
         if self._gradient is not None:
             self._gradient.forget()
         for stream in self.streams:
@@ -499,7 +498,12 @@ class PagedKVCache:
             )
         if block == 0 and num_frames < self._shortest_block:
             for stream in self.streams:
-                stream.check_visible(num_frames)
+                missing = stream.frames.missing(num_frames)
+                if missing:
+                    raise ValueError(
+                        f"{name} has {num_frames} frames at frame {stream.num_frames}, and sees the frames {missing}, "
+                        "but these were evicted when a longer block was written"
+                    )
         for index, before_it in enumerate(self._blocks[:block]):
             if layer is not None and layer not in before_it.written:
                 raise ValueError(f"block is {block}, but layer {layer} has not written block {index}")
@@ -548,23 +552,27 @@ class PagedKVCache:
         again = block < len(self._blocks)
         if again and block not in self._read_blocks:
             return False
-        starts = self._start_frames(block)
+        before, size = self._staged_frames(block), self.frame_seqlen
         lengths = [written.num_frames for written in self._blocks] + ([] if again else [num_frames])
-        if not self._blocks:
-            for stream in self.streams:
-                if any(batch is not self and batch.has_uncommitted_blocks for batch in stream._batches):
-                    raise ValueError("a stream of the cache is being written by another batch: commit or drop it there")
+        # Streams in step with each other share their frames, and what follows from these is found once.
+        steps: dict[Frames, tuple[list[Interval], Interval, Frames]] = {}
+        for stream in self.streams:
+            if not self._blocks:
+                stream.check_writer(self)
+            frames = stream.frames
+            if frames not in steps:
+                after = frames if again else frames.evicted(lengths[0])
+                kept = intervals.merge([*after.held, (frames.num_frames, frames.num_frames + sum(lengths))])
+                start = frames.num_frames + before
+                steps[frames] = intervals.scale(kept, size), (start * size, (start + num_frames) * size), after
         self._view = None  # it would keep pages from the block
-        steps = [
-            stream.step(start, start + num_frames, lengths, again)
-            for stream, start in zip(self.streams, starts, strict=True)
-        ]
-        self.pool.advance(steps, may_grow)
+        self.pool.advance([(s._number, *steps[s.frames][:2], again) for s in self.streams], may_grow)
         self._read_blocks.discard(block)
+        for stream in self.streams:
+            stream.frames = steps[stream.frames][2]
+            stream.writer = self._reference
         if not again:
             self._blocks.append(_Block(num_frames))
-            for stream in self.streams:
-                stream.evict(lengths[0])
         return True
 
     def _commit(self, num_frames: int) -> None:
@@ -582,8 +590,12 @@ class PagedKVCache:
         self._view = None
         del self._blocks[0]
         self._read_blocks = {block - 1 for block in self._read_blocks if block > 0}
+        after: dict[Frames, Frames] = {}
         for stream in self.streams:
-            stream.commit(num_frames)
+            if stream.frames not in after:
+                after[stream.frames] = stream.frames.committed(num_frames)
+            stream.frames = after[stream.frames]
+        self._release()
         self.refresh_others()
 
     def refresh_others(self) -> None:
@@ -591,21 +603,27 @@ class PagedKVCache:
         for batch in {batch for stream in self.streams for batch in stream._batches} - {self}:
             batch.refresh()
 
+    def _release(self) -> None:
+        """Lets other batches write to the streams, once no block is left."""
+        if not self._blocks:
+            for stream in self.streams:
+                stream.writer = None
+
     def refresh(self) -> None:
         """Brings the tensors that kernels read up to date with streams and page table. Streams call it; nobody else
         needs to."""
-        self._view = None
-        self._staged.clear()
-        self._shortest_block = max(stream.shortest_block for stream in self.streams)
         longest = max(self.pool.table.row_length(number) for number in self._numbers)
         if longest > self._page_table.shape[1]:
             self._page_table = self._page_table.new_zeros(self.batch_size, 2 * longest)
+        self.mirror_pages(self._page_table, self._write_start)
+        self._view = None
+        self._staged.clear()
+        self._shortest_block = max(stream.frames.shortest_block for stream in self.streams)
         records, rope_position = self._records(0, self._lengths)
         _, _, lists, spans, _ = self._past_spans.shape
         if records.shape[2] > lists or records.shape[3] > spans:
             sizes = max(records.shape[2], lists), max(records.shape[3], spans)
             self._past_spans = self._past_spans.new_zeros(len(self._lengths), self.batch_size, *sizes, 4)
-        self.mirror_pages(self._page_table, self._write_start)
         self.mirror_past(self._past_spans, self._position, self._rope_position, (records, rope_position))
 
     def mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
@@ -635,7 +653,7 @@ class PagedKVCache:
         """What a block sees of the past, for K lengths of it: spans [K, B, G, S, 4] as the attention op reads them, and
         the frame at which it starts when the visible past is counted from 0, [K, B]."""
         starts = self._start_frames(block)
-        if any(stream.has_selection for stream in self.streams):
+        if any(stream.frames.selected is not None for stream in self.streams):
             frames, sees_sink = self._selected_past(starts, lengths)
         else:
             frames = visible_past_of_many(np.array(starts), lengths, self._moving, self._sinks)[:, :, None]
@@ -668,7 +686,7 @@ class PagedKVCache:
                 of_length.append(
                     [
                         [*intervals.intersect(frames, sink), *intervals.intersect(frames, rest)]
-                        for frames in stream.visible(start, start + length)
+                        for frames in stream.frames.visible(start, start + length)
                     ]
                 )
             seen.append(of_length)

@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_ext import intervals
+from selfforcing_ext.frames import Frames
 from selfforcing_ext.intervals import Interval
-from selfforcing_ext.mask import check_window, visible_past
+from selfforcing_ext.mask import check_window
 
 if TYPE_CHECKING:
     from selfforcing_ext.kv_cache import PagedKVCache
@@ -73,14 +75,10 @@ class Stream:
         self.sink_frames = sink_frames
         self.max_frames = max_frames
         self.rollback_frames = rollback_frames
+        self.frames = Frames.none_yet(window_frames, sink_frames, rollback_frames)
         self._set_table_number(pool.table.open())
-        self._num_frames = 0
-        self._held: list[Interval] = []  # committed frames that were not evicted
-        self._selected: list[list[Interval]] | None = None  # one list for all heads, or one for each
-        self._selected_at = 0  # frames before this one are seen if they are selected, later ones as usual
-        self._forgot = False
-        self._newest_block_frames = 1  # of the block for which frames were evicted last
         self._batches: weakref.WeakSet[PagedKVCache] = weakref.WeakSet()  # whose tensors show this stream
+        self.writer: weakref.ref[PagedKVCache] | None = None  # the batch that has blocks which are not committed
 
     def _set_table_number(self, number: int) -> None:
         self._number = number
@@ -90,18 +88,13 @@ class Stream:
     @property
     def num_frames(self) -> int:
         """Committed frames."""
-        return self._num_frames
+        return self.frames.num_frames
 
     @property
     def visible_frames(self) -> int:
         """Committed frames that some head may still see."""
-        seen = self.visible(self._num_frames, self._num_frames)
+        seen = self.frames.visible(self.num_frames, self.num_frames)
         return intervals.count(intervals.merge(interval for frames in seen for interval in frames))
-
-    @property
-    def has_selection(self) -> bool:
-        """Whether sink and window alone do not say what is visible."""
-        return self._selected is not None
 
     @property
     def closed(self) -> bool:
@@ -121,7 +114,7 @@ class Stream:
         fork = Stream.__new__(Stream)
         fork.__dict__.update(self.__dict__)
         fork._set_table_number(self.pool.table.fork(self._number))
-        fork._batches = weakref.WeakSet()
+        fork._batches, fork.writer = weakref.WeakSet(), None
         return fork
 
     def rollback(self, num_frames: int) -> None:
@@ -134,25 +127,17 @@ class Stream:
         """
         self._check_open()
         self._check_constant("rollback")
-        if not 0 <= num_frames <= self._num_frames:
+        if not 0 <= num_frames <= self.num_frames:
+            raise ValueError(f"num_frames is {num_frames}, but must be in [0, {self.num_frames}], the committed frames")
+        frames = self.frames.rolled_back(num_frames)
+        missing = frames.missing(frames.newest_block_frames)
+        if missing:
             raise ValueError(
-                f"num_frames is {num_frames}, but must be in [0, {self._num_frames}], the committed frames"
-            )
-        left = self._num_frames - num_frames
-        evicted = self._evicted(self._seen(left, left + self._newest_block_frames))
-        if evicted:
-            raise ValueError(
-                f"num_frames is {num_frames}, but the frames {_text(evicted)} that would be visible again were "
+                f"num_frames is {num_frames}, but the frames {_text(missing)} that would be visible again were "
                 f"evicted; the stream keeps rollback_frames = {self.rollback_frames} beyond its window"
             )
-        for batch in self._batches:
-            batch.drop()
-        self._num_frames = left
-        self._held = intervals.intersect(self._held, [(0, left)])
-        if self._selected is not None:
-            self._selected = [intervals.intersect(frames, [(0, left)]) for frames in self._selected]
-            self._selected_at = min(self._selected_at, left)
-        self.retain()
+        self._drop_blocks()
+        self._change(frames)
 
     def select_frames(self, frames: Sequence[int] | Sequence[Sequence[int]] | None, forget: bool = False) -> None:
         """Chooses what later blocks see of the frames committed so far: exactly these, in place of sink and window.
@@ -168,10 +153,9 @@ class Stream:
         """
         self._check_between_blocks("select_frames")
         if frames is None:
-            if self._forgot:
+            if self.frames.forgot:
                 raise ValueError("frames is None, but frames were forgotten: select among those that are left")
-            self._selected, self._selected_at = None, 0
-            self._changed()
+            self._change(self.frames.selecting(None, forget=False))
             return
         per_head = any(not isinstance(frame, int) for frame in frames)
         lists = cast(Sequence[Sequence[int]], frames) if per_head else [cast(Sequence[int], frames)]
@@ -181,18 +165,13 @@ class Stream:
             )
         selected = [intervals.of_numbers(numbers) for numbers in lists]
         for numbers in selected:
-            missing = intervals.subtract(numbers, [(0, self._num_frames)])
-            if missing:
-                raise ValueError(f"frames has {_text(missing)}, but must have committed ones, [0, {self._num_frames})")
-            if self._evicted(numbers):
-                raise ValueError(f"frames has {_text(self._evicted(numbers))}, which were evicted")
-        self._selected, self._selected_at = selected, self._num_frames
-        if forget:
-            self._forgot = True
-            self._held = intervals.merge(interval for numbers in selected for interval in numbers)
-            self.retain()
-        else:
-            self._changed()
+            unknown = intervals.subtract(numbers, [(0, self.num_frames)])
+            if unknown:
+                raise ValueError(f"frames has {_text(unknown)}, but must have committed ones, [0, {self.num_frames})")
+            evicted = intervals.subtract(numbers, self.frames.held)
+            if evicted:
+                raise ValueError(f"frames has {_text(evicted)}, which were evicted")
+        self._change(self.frames.selecting(selected, forget))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the pool holds of the stream to a safetensors file, keys and values as they are stored.
@@ -203,23 +182,15 @@ class Stream:
         """
         self._check_between_blocks("save")
         path = Path(path)
-        pages, slots = self.places(self._held)
+        pages, slots = self.places(self.frames.held)
         tensors = {}
         for layer, name, tensor in _named_tensors(self.pool):
             tensors[f"{layer}.{name}"] = tensor[pages, slots].cpu()
         description = {
             **_shape_of(self.pool),
             "frame_seqlen": self.frame_seqlen,
-            "window_frames": self.window_frames,
-            "sink_frames": self.sink_frames,
             "max_frames": self.max_frames,
-            "rollback_frames": self.rollback_frames,
-            "num_frames": self._num_frames,
-            "held": self._held,
-            "selected": self._selected,
-            "selected_at": self._selected_at,
-            "forgot": self._forgot,
-            "newest_block_frames": self._newest_block_frames,
+            "frames": asdict(self.frames),
         }
         temporary = path.with_name(f".{path.name}.writing")
         save_file(tensors, temporary, {"format": _FORMAT, "stream": json.dumps(description)})
@@ -235,88 +206,36 @@ class Stream:
 
     # ---- What its batches do with it
 
-    def visible(self, start: int, end: int) -> list[list[Interval]]:
-        """Frames before a block [start, end) that it sees: one list for all heads, or one for each."""
-        usual = visible_past(start, end, self.window_frames, self.sink_frames)
-        if self._selected is None:
-            return [usual]
-        later = intervals.intersect(usual, [(self._selected_at, start)])
-        return [intervals.merge([*frames, *later]) for frames in self._selected]
-
-    @property
-    def shortest_block(self) -> int:
-        """Frames that the next block has at least: a shorter one would see frames that were evicted."""
-        if self.window_frames is None:
-            return 1
-        seen_as_usual = [(max(self._selected_at, self.sink_frames), self._num_frames)]
-        evicted = self._evicted(intervals.merge(seen_as_usual))
-        end = evicted[-1][1] if evicted else 0
-        return max(1, end - self._num_frames + self.window_frames - self.sink_frames)
-
-    def check_visible(self, num_frames: int) -> None:
-        """Raises ValueError if the next block, of this length, would see frames that were evicted."""
-        start = self._num_frames
-        evicted = self._evicted(self._seen(start, start + num_frames))
-        if evicted:
-            raise ValueError(
-                f"a block of {num_frames} frames at frame {start} sees the frames {_text(evicted)}, but these were "
-                "evicted when a longer block was written"
-            )
-
-    def step(self, start: int, end: int, block_frames: Sequence[int], again: bool) -> Step:
-        """What writing a block [start, end) means for the page table. ``block_frames``: frames of all uncommitted
-        blocks, this one included. If it was not there, frames are evicted that none of them sees."""
-        kept = self._held if again else self._kept(block_frames[0])
-        uncommitted = self._num_frames, self._num_frames + sum(block_frames)
-        written = start * self.frame_seqlen, end * self.frame_seqlen
-        return self._number, intervals.scale(intervals.merge([*kept, uncommitted]), self.frame_seqlen), written, again
-
-    def evict(self, first_frames: int) -> None:
-        """Forgets what ``step`` gave back."""
-        self._held = self._kept(first_frames)
-        self._newest_block_frames = first_frames
-
-    def commit(self, num_frames: int) -> None:
-        """Makes written frames part of the stream."""
-        self._held = intervals.merge([*self._held, (self._num_frames, self._num_frames + num_frames)])
-        self._num_frames += num_frames
+    def check_writer(self, batch: PagedKVCache) -> None:
+        """Raises ValueError unless this batch may write to it."""
+        self._check_open()
+        if self._writing_batch() not in (None, batch):
+            raise ValueError("a stream of the cache is being written by another batch: commit or drop it there")
 
     def reset(self) -> None:
-        self._num_frames = 0
-        self._held, self._selected, self._selected_at, self._forgot = [], None, 0, False
-        self._newest_block_frames = 1
-        self.retain()
-
-    # ---- Inner parts
-
-    def _kept(self, num_frames: int) -> list[Interval]:
-        """Committed frames that are still needed once the next block, of this length, is written."""
-        if self.window_frames is None and not self._forgot:
-            return self._held
-        window = None if self.window_frames is None else self.window_frames + self.rollback_frames
-        needed = visible_past(self._num_frames, self._num_frames + num_frames, window, self.sink_frames)
-        needed += [interval for frames in self._selected or [] for interval in frames]
-        return intervals.intersect(self._held, intervals.merge(needed))
-
-    def _seen(self, start: int, end: int) -> list[Interval]:
-        """Frames before a block [start, end) that some head sees."""
-        return intervals.intersect(
-            intervals.merge(interval for frames in self.visible(start, end) for interval in frames), [(0, start)]
-        )
-
-    def _evicted(self, frames: Sequence[Interval]) -> list[Interval]:
-        return intervals.subtract(frames, self._held)
+        """Forgets every frame."""
+        self._drop_blocks()
+        self._change(Frames.none_yet(self.window_frames, self.sink_frames, self.rollback_frames))
 
     def retain(self, uncommitted_frames: int = 0) -> None:
-        """Brings the page table to the frames that are held, and those of blocks that are not committed."""
-        written = (self._num_frames, self._num_frames + uncommitted_frames)
-        kept = intervals.merge([*self._held, written])
+        """Brings page table and batches to the frames that are held, and those of blocks that are not committed."""
+        written = self.num_frames, self.num_frames + uncommitted_frames
+        kept = intervals.merge([*self.frames.held, written])
         self.pool.table.retain(self._number, intervals.scale(kept, self.frame_seqlen))
-        self._changed()
-
-    def _changed(self) -> None:
         for batch in self._batches:
             batch.refresh()
+
+    def _change(self, frames: Frames) -> None:
+        self.frames = frames
+        self.retain()
+
+    def _writing_batch(self) -> PagedKVCache | None:
+        return None if self.writer is None else self.writer()
+
+    def _drop_blocks(self) -> None:
+        batch = self._writing_batch()
+        if batch is not None:
+            batch.drop()
 
     def places(self, frames: Sequence[Interval]) -> tuple[Tensor, Tensor]:
         """Page and slot of every token of frames that are held or being written, int64 [tokens] each."""
@@ -333,7 +252,7 @@ class Stream:
 
     def _check_between_blocks(self, name: str) -> None:
         self._check_open()
-        if any(batch.has_uncommitted_blocks for batch in self._batches):
+        if self._writing_batch() is not None:
             raise ValueError(f"{name} is called while a block is written: commit it or drop it first")
 
     def _check_constant(self, name: str) -> None:
@@ -356,27 +275,17 @@ def load_stream(pool: PagePool, path: str | os.PathLike[str]) -> Stream:
                     raise ValueError(
                         f"path is {path}, a stream with {name} {description[name]}, but the pool has {value}"
                     )
-            stream = Stream(
-                pool,
-                description["frame_seqlen"],
-                description["window_frames"],
-                description["sink_frames"],
-                description["max_frames"],
-                description["rollback_frames"],
-            )
-            stream._held = [(start, end) for start, end in description["held"]]
+            frames = Frames(**description["frames"])
+            geometry = frames.window_frames, frames.sink_frames, description["max_frames"], frames.rollback_frames
+            stream = Stream(pool, description["frame_seqlen"], *geometry)
+            stream.frames = frames
             try:
-                for start, end in intervals.scale(stream._held, stream.frame_seqlen):
+                for start, end in intervals.scale(frames.held, stream.frame_seqlen):
                     pool.advance([(stream._number, [(0, start)], (start, end), False)])
             except RuntimeError:
                 stream.close()
                 raise
-            stream._num_frames = description["num_frames"]
-            if description["selected"] is not None:
-                stream._selected = [[(start, end) for start, end in frames] for frames in description["selected"]]
-            stream._selected_at, stream._forgot = description["selected_at"], description["forgot"]
-            stream._newest_block_frames = description["newest_block_frames"]
-            pages, slots = stream.places(stream._held)
+            pages, slots = stream.places(frames.held)
             with torch.no_grad():
                 for layer, name, tensor in _named_tensors(pool):
                     stored = file.get_tensor(f"{layer}.{name}").to(pool.device)

@@ -261,7 +261,7 @@ def snapshot(cache: PagedKVCache) -> list[object]:
         [(block.num_frames, sorted(block.written)) for block in cache._blocks],
         [vars(stream.pool.stats()) for stream in cache.streams],
         [cache.pool.table.row(stream._number) for stream in cache.streams],
-        [stream._held for stream in cache.streams],
+        [vars(stream.frames) for stream in cache.streams],
         [t.clone() for t in tensors],
     ]
 

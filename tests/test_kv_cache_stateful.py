@@ -481,7 +481,11 @@ def a_frame_too_many(starts: Any, lengths: Any, moving: Any, sinks: Any) -> Any:
 
 PLANTED = {
     "a closed stream keeps its pages": (Stream, "close", lambda stream: None),
-    "a rolled back stream keeps its pages": (Stream, "retain", lambda stream, uncommitted_frames=0: stream._changed()),
+    "a rolled back stream keeps its pages": (
+        Stream,
+        "retain",
+        lambda stream, uncommitted_frames=0: [batch.refresh() for batch in stream._batches],
+    ),
     "shared pages are replaced, but not copied": (extension.PagePool, "advance", pages_are_not_copied),
     "the window shows a frame too many": (extension, "visible_past_of_many", a_frame_too_many),
     "a batch misses what another commits": (extension.PagedKVCache, "refresh_others", lambda cache: None),
