@@ -50,6 +50,24 @@ class GaussianScore(Gaussian):
         return ((1 - sigma) ** 2 * self.deviation.square() + sigma**2).sqrt(), (1 - sigma) * self.mean
 
 
+class CausalGaussianScore(GaussianScore):
+    """With the interface of a causal model: timesteps [B, F], and a mask that does not matter, as frames do not depend
+    on each other."""
+
+    def __init__(self, mean: float, deviation: float, backend: str = "reference") -> None:
+        super().__init__(mean, deviation, backend)
+        self.config = WanConfig(in_dim=SHAPE[1], out_dim=SHAPE[1], patch_size=(1, 1, 1))
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, context: Tensor, mask: BlockCausalMask, clean_x: Tensor | None = None
+    ) -> Tensor:
+        return torch.cat([self._frame(x_t, t, frame) for frame in range(SHAPE[0])], dim=1)
+
+    def _frame(self, x_t: Tensor, t: Tensor, frame: int) -> Tensor:
+        whole = super().forward(x_t[:, [frame] * SHAPE[0]], t[:, frame], x_t)
+        return whole[:, frame : frame + 1]
+
+
 class AffineStudent(nn.Module):
     """A causal model that predicts x0 = gain x_t + offset, with both learned for every denoising step."""
 

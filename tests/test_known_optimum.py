@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from gaussian_models import SCHEDULE, SHAPE, AffineStudent, Gaussian, GaussianScore, QuadraticDiscriminator
+from gaussian_models import (
+    SCHEDULE,
+    SHAPE,
+    AffineStudent,
+    CausalGaussianScore,
+    Gaussian,
+    GaussianScore,
+    QuadraticDiscriminator,
+)
 from torch import nn
 
 from python_ref.noise import TorchNoise
 from python_ref.objectives.causvid import CausVid
+from python_ref.objectives.consistency import ConsistencyDistillation
 from python_ref.objectives.dmd import DMD
 from python_ref.objectives.gan import GAN
 from python_ref.objectives.ode_regression import ODERegression
@@ -86,6 +95,26 @@ def test_ode_regression_reaches_the_known_map():
         wanted = DEVIATION / gain.mean()
         assert abs(student.gain[step] - wanted) < 1e-2
         assert abs(student.offset[step] - (MEAN - wanted * offset.mean())) < 1e-2
+
+
+def test_consistency_distillation_reaches_the_solution_of_the_teacher():
+    """Where the Euler steps of the teacher lead from each noise level, affine maps all of them."""
+    solver, source, steps = FlowMatchSchedule(1.0, num_steps=4), TorchNoise(0), 600
+    teacher = CausalGaussianScore(MEAN, DEVIATION).requires_grad_(False)
+    student = AffineStudent(solver.timesteps)
+    objective = ConsistencyDistillation(student, student, teacher, solver, frames_per_block=1)
+    learner = Descent(student, 0.05, steps)
+    for _ in range(steps):
+        data = MEAN + DEVIATION * draw(source)
+        learner.step(objective.loss(data, TEXT, source)[0])
+    points = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, *SHAPE)
+    for start in range(4):
+        x = points
+        for t in solver.timesteps[start:]:
+            x = solver.step(teacher(x, t.expand(2, SHAPE[0]), TEXT, mask=None), t.expand(2), x)
+        offset, end = (value.mean() for value in x)
+        assert abs(student.offset[start] - offset) < 0.02
+        assert abs(student.gain[start] - (end - offset)) < 0.02
 
 
 def test_causvid_reaches_the_data_from_noised_data():

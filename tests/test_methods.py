@@ -1,14 +1,21 @@
 """Every method of training through the command line: it trains, its options reach it, it resumes to the same bits."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import arguments, assert_same_run, losses
 
 from python_ref.checkpoint import load_weights
+from python_ref.config import load_config
+from python_ref.data.source import open_source
 from python_ref.make_ode_pairs import main as make_ode_pairs
+from python_ref.stages import Stage
+from python_ref.stages.clips import draw_noise
 from python_ref.train import main as train
+from python_ref.train import make_stage
 
 WINDOW = "rollout.window_frames=6"
 SINK = "rollout.sink_frames=1"
@@ -164,6 +171,63 @@ def test_a_stream_resumes_in_half_precision(options, tmp_path):
     shutil.copytree(whole / middle, resumed / middle)
     assert train(options("stream", resumed, *more, "resume=true")) == 0
     assert (whole / "self_forcing.safetensors").read_bytes() == (resumed / "self_forcing.safetensors").read_bytes()
+
+
+def stage_of(arguments: list[str]) -> Stage:
+    _, file, *overrides = arguments
+    config = load_config(file, overrides)
+    return make_stage(config, open_source(config.data))
+
+
+def test_long_rollouts_are_scored_at_their_end(options, tmp_path):
+    """Their length depends on seed and step alone, takes every value, and exceeds the window and the teacher's."""
+    stage = stage_of(options("long", tmp_path, "self_forcing.gradient_frames=3"))
+    lengths = [stage.clips._length(step) for step in range(40)]
+    assert set(lengths) == {6, 9, 12, 15}
+    assert lengths == [stage_of(options("long", tmp_path)).clips._length(step) for step in range(40)]
+
+    step = lengths.index(15)
+    batch, again = stage._batch(step, 0), stage._batch(step, 0)
+    clip = stage.clips(batch)
+    noise = draw_noise(stage.network, again, 15)
+    rollout = stage.clips.pipeline.rollout(noise, again.context, again.source)
+    assert torch.equal(clip.video, rollout.video[:, -6:])
+    assert rollout.gradient_start == 12
+    mask = clip.gradient_mask
+    assert mask.shape == clip.video.shape
+    assert not mask[:, :3].any()
+    assert mask[:, 3:].all()
+    with torch.no_grad():
+        assert stage.clips(stage._batch(step, 0)).gradient_mask is None  # the critic learns from all
+
+
+def test_a_stream_goes_on_until_its_steps_are_over(options, tmp_path):
+    stage = stage_of(options("stream in small parts", tmp_path))
+    kept = stage.clips.kept
+    videos, frames = [], []
+    for step in range(6):  # 4 to a stream; the generator trains, too, in every second
+        batch = stage._batch(step, 0)
+        for _ in range(1 + (step % 2 == 0)):
+            with torch.no_grad():
+                videos.append(stage.clips(batch).video)
+            frames.append((kept.num_frames, videos[-1].shape[1]))
+    assert frames == [(3, 3), (6, 6), (9, 6), (12, 6), (15, 6), (18, 6), (3, 3), (6, 6), (9, 6)]
+    for before, after in pairwise(videos[1:6]):
+        assert torch.equal(before[:, 3:], after[:, :3])
+    assert torch.equal(stage._batch(0, 0).context, stage._batch(3, 0).context)  # of the same captions
+    assert not torch.equal(stage._batch(0, 0).context, stage._batch(4, 0).context)
+
+
+def test_given_frames_are_those_of_the_data(options, tmp_path):
+    stage = stage_of(options("image to video", tmp_path))
+    batch = stage._batch(0, 0)
+    clip = stage.clips(batch)
+    assert clip.video.shape[1] == 4  # what blocks of 3 fill of the teacher's 6
+    assert torch.equal(clip.video[:, :1], batch.real[:, :1])
+    assert not clip.gradient_mask[:, 0].any()
+    assert clip.gradient_mask[:, 1:].all()
+    videos = stage.sample(["a 1", "a 2"], torch.Generator().manual_seed(0))
+    assert torch.equal(videos[:, :1], stage.source.batch(0, 2)[0][:, :1])
 
 
 def test_the_method_is_kept_with_the_weights(runs):

@@ -6,11 +6,14 @@ from compare import relative_error
 from golden_files import BACKENDS
 from torch.nn.functional import scaled_dot_product_attention
 
+from python_ref.config import RolloutConfig
 from python_ref.models.wan import CausalWanModel, WanConfig
 from python_ref.noise import ReplayNoise, TorchNoise
 from python_ref.pipelines.inference import CausalInferencePipeline
+from python_ref.pipelines.self_gradient import SelfGradientPipeline
 from python_ref.pipelines.training import CACHE_GRADIENTS, SelfForcingTrainingPipeline
 from python_ref.schedule import FlowMatchSchedule
+from python_ref.stages.stream import KeptCache
 
 CONFIG = WanConfig(
     dim=16, num_heads=2, num_layers=2, ffn_dim=24, freq_dim=8, text_dim=6, text_len=3, in_dim=2, out_dim=2
@@ -232,6 +235,133 @@ def test_inference_is_the_last_step_rollout_without_context_noise(backend):
     )
     with torch.no_grad():
         assert relative_error(training.rollout(noise, context, ReplayNoise(draws)).video, video) < 1e-5
+
+
+def through_the_context(generator, result, context, geometry):
+    """The exit steps of a rollout, block by block, with gradient through the context's keys and values, but not to the
+    frames they are of."""
+    frames_per_block, num_frames, first_frame_alone, *window = geometry
+    blocks = [1] * first_frame_alone + [frames_per_block] * (num_frames // frames_per_block)
+    cache, parts, start = EverythingKept(*window), [], 0
+    for frames, exit_step in zip(blocks, result.exit_steps, strict=True):
+        x = result.exit_states[:, start : start + frames]
+        flow = generator(x, STEPS[exit_step].expand(x.shape[:2]), context, cache=cache)
+        parts.append(x - SCHEDULE.sigma_at(STEPS).to(x.dtype)[exit_step] * flow)
+        past = result.past[:, start : start + frames]
+        generator(past, torch.full(x.shape[:2], float(CONTEXT_NOISE)), context, cache=cache)
+        cache.append(cache.block)
+        start += frames
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_self_gradient_is_that_of_the_rollout_through_its_context(geometry, backend):
+    dtype, tolerance = (torch.float64, 1e-9) if backend == "reference" else (torch.float32, 1e-5)
+    frames_per_block, _, first_frame_alone, window_frames, sink_frames = GEOMETRIES[geometry]
+    generator, noise, context, grad_out = make_inputs(GEOMETRIES[geometry], 2, dtype, backend)
+    pipeline = SelfForcingTrainingPipeline(
+        generator,
+        SCHEDULE,
+        STEPS,
+        frames_per_block=frames_per_block,
+        first_frame_alone=first_frame_alone,
+        same_step_across_blocks=False,
+        context_noise=CONTEXT_NOISE,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
+    )
+    with torch.no_grad():
+        plain = pipeline.rollout(noise, context, TorchNoise(1))
+    result = SelfGradientPipeline(pipeline).rollout(noise, context, TorchNoise(1))
+    assert result.exit_steps == plain.exit_steps
+    assert relative_error(result.video, plain.video) < tolerance  # the values are the rollout's
+    got = gradients(generator, result.video, grad_out)
+    expected = gradients(generator, through_the_context(generator, plain, context, GEOMETRIES[geometry]), grad_out)
+    constant = gradients(generator, pipeline.rollout(noise, context, TorchNoise(1)).video, grad_out)
+    for name, gradient in expected.items():
+        assert relative_error(got[name], gradient) < 10 * tolerance, name
+    key = "blocks.0.self_attn.k.weight"
+    assert relative_error(constant[key], expected[key]) > 1e-2  # a constant context gives another
+
+
+def test_self_gradient_of_one_block_is_the_plain_one():
+    """There is no context whose gradient could be missing."""
+    generator, noise, context, grad_out = make_inputs((3, 3, False, None, 0), 2, torch.float64, "reference")
+    pipeline = SelfForcingTrainingPipeline(generator, SCHEDULE, STEPS, 3)
+    found = [
+        gradients(generator, kind.rollout(noise, context, TorchNoise(1)).video, grad_out)
+        for kind in (pipeline, SelfGradientPipeline(pipeline))
+    ]
+    for name, gradient in found[0].items():
+        assert relative_error(found[1][name], gradient) < 1e-9, name
+
+
+@pytest.mark.parametrize(("given", "first_frame_alone"), [(1, False), (2, False), (3, True), (1, True)])
+def test_self_gradient_after_given_frames(given, first_frame_alone):
+    generator, noise, context, _ = make_inputs(GEOMETRIES["everything visible"], 2, torch.float64, "reference")
+    pipeline = SelfForcingTrainingPipeline(
+        generator,
+        SCHEDULE,
+        STEPS,
+        2,
+        first_frame_alone=first_frame_alone,
+        context_noise=CONTEXT_NOISE,
+        gradient_frames=4,
+    )
+    initial = torch.randn(2, given, 2, HEIGHT, WIDTH, dtype=torch.float64)
+    plain = pipeline.rollout(noise, context, TorchNoise(1), initial)
+    result = SelfGradientPipeline(pipeline).rollout(noise, context, TorchNoise(1), initial)
+    assert torch.equal(result.video[:, :given], initial)
+    assert relative_error(result.video, plain.video) < 1e-9
+    assert result.gradient_start == plain.gradient_start == given + 2
+
+
+def test_self_gradient_refuses_what_no_mask_describes():
+    generator, noise, context, _ = make_inputs(GEOMETRIES["everything visible"], 2, torch.float64, "reference")
+    pipeline = SelfGradientPipeline(SelfForcingTrainingPipeline(generator, SCHEDULE, STEPS, 3))
+    with pytest.raises(ValueError, match="initial_latents has 2 frames, but must have a multiple of frames_per_block"):
+        pipeline.rollout(noise, context, TorchNoise(1), noise[:, :2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollout_that_goes_on_is_one_long_rollout(backend):
+    """Also from a cache whose state was saved and loaded between the parts."""
+    window, sink = 5, 1
+    generator, noise, context, _ = make_inputs((2, 12, False, window, sink), 2, torch.float32, backend)
+    options = {"window_frames": window, "sink_frames": sink}
+    pipeline = SelfForcingTrainingPipeline(
+        generator, SCHEDULE, STEPS, 2, context_noise=CONTEXT_NOISE, last_step_only=True, **options
+    )
+    shape = noise[:, :4].shape
+
+    def new_cache():
+        cache = KeptCache(lambda: pipeline.make_cache(shape, None), CONFIG, shape, RolloutConfig(**options), "fp32")
+        cache.go_on_with(0)
+        return cache
+
+    kept, videos, draws = new_cache(), [], []
+    for number, part in enumerate(noise.split(4, dim=1)):
+        loaded, source = new_cache(), RecordingNoise(seed=number)
+        loaded.load_state_dict(kept.state_dict())
+        videos.append(pipeline.rollout(part, context, source, cache=kept).video)
+        draws.append(source.draws)
+        assert torch.equal(pipeline.rollout(part, context, TorchNoise(number), cache=loaded).video, videos[-1])
+    exits = torch.cat([drawn[0] for drawn in draws])
+    source = ReplayNoise([exits, *(draw for drawn in draws for draw in drawn[1:])])
+    whole = pipeline.rollout(noise, context, source).video
+    assert source.consumed == len(source.draws)
+    assert relative_error(torch.cat(videos, dim=1), whole) < 1e-6
+
+
+def test_given_frames_do_not_follow_cached_ones():
+    generator, noise, context, _ = make_inputs(GEOMETRIES["everything visible"], 1, torch.float32, "reference")
+    pipeline = SelfForcingTrainingPipeline(generator, SCHEDULE, STEPS, 2)
+    cache = pipeline.make_cache(noise.shape, None)
+    pipeline.rollout(noise, context, TorchNoise(1), noise[:, :2], cache=cache)  # before there are any
+    assert cache.num_frames == 8
+    with pytest.raises(ValueError, match="initial_latents are given, but the cache holds 8 frames already"):
+        pipeline.rollout(noise, context, TorchNoise(1), noise[:, :2], cache=cache)
 
 
 def test_gradient_reaches_only_the_newest_frames():
