@@ -2,6 +2,7 @@
 # index; what is already done is not done again.
 #
 #   make demo      train a causal video model by Self-Forcing on two CPU cores and show its videos (outputs/demo/)
+#   make reproduce compare the ways to train it, with three seeds (two and a half hours), and write docs/results.md
 #   make test      prove the ops against the reference, and the reference against the published implementation
 #   make check     lint, format, types
 #   make docs      the documentation, in build/docs/index.html
@@ -18,7 +19,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 unexport PYTHONHOME
 
-.PHONY: build demo test check format docs bench teacher clean environment
+.PHONY: build demo reproduce test check format docs bench teacher clean environment
 
 # Prints nothing and does nothing when the environment is up to date.
 environment:
@@ -29,6 +30,9 @@ build: environment
 
 demo: build
 	python -m python_ref.demo --config configs/demo.yaml $(DEMO_ARGS)
+
+reproduce: build
+	python -m python_ref.reproduce --config configs/reproduce.yaml $(REPRODUCE_ARGS)
 
 test: build
 	python -m pytest

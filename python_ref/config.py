@@ -324,6 +324,27 @@ class EvaluationConfig:
 
 
 @dataclass
+class ReproduceConfig:
+    """What `python -m python_ref.reproduce` compares. Every method starts from the same causal model and trains for the
+    same time."""
+
+    methods: dict[str, list[str]] = field(default_factory=dict)  # name to overrides such as "stage=causal"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seconds: float = 600.0  # of training, for each method and seed
+    clock: str = "cpu"  # what they are measured in: "cpu", of the process, or "wall"
+    workers: int = 2  # runs at a time
+    start_steps: int = 300  # of teacher forcing, which the common start is trained for
+    pairs: int = 512  # of the teacher's ODE, for ODE regression
+    long_factor: int = 5  # videos are measured up to so many times the length of training
+    sink_frames: int = 3  # where generation is compared with and without window and sink
+    report: str = "docs/results.md"  # its pictures go to images/results/ beside it
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "seconds", "workers", "start_steps", "pairs", "long_factor", "sink_frames")
+        _check_choice("reproduce.clock", self.clock, ("cpu", "wall"))
+
+
+@dataclass
 class Config:
     """All settings of a run."""
 
@@ -348,6 +369,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    reproduce: ReproduceConfig = field(default_factory=ReproduceConfig)
 
     def __post_init__(self) -> None:
         _check_choice("stage", self.stage, STAGES)

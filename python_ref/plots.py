@@ -70,3 +70,32 @@ def plot_drift(path: str | Path, results: Mapping[str, Measures], training_frame
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_by_frame(path: str | Path, panels: Mapping[str, Mapping[str, np.ndarray]], training_frames: int) -> None:
+    """One panel per measure over the frame index: the mean of several runs, and their standard deviation as error bars.
+
+    Args:
+        path: the PNG.
+        panels: label to the name of a line to its values [runs, frames]; NaN where nothing was measured.
+        training_frames: where the training videos end, which is marked.
+    """
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 2.6 * len(panels)), sharex=True, squeeze=False)
+    for axis, (label, lines) in zip(axes[:, 0], panels.items(), strict=True):
+        for number, (name, values) in enumerate(lines.items()):
+            frames = np.arange(values.shape[1])
+            spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(frames))
+            (line,) = axis.plot(frames, values.mean(axis=0), label=name, linewidth=1.2)
+            shown = frames[number % 4 :: 4]  # bars of different lines stand side by side
+            axis.errorbar(
+                shown, values.mean(axis=0)[shown], spread[shown], fmt="none", capsize=2, color=line.get_color()
+            )
+        axis.axvline(training_frames - 0.5, color="0.4", linestyle="--", linewidth=1)
+        axis.set_ylabel(label, fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[-1, 0].set_xlabel("frame (dashed: length of the training videos)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
