@@ -257,10 +257,8 @@ class SelfForcingConfig:
     last_step_only: bool = False
     same_step_across_blocks: bool = True
     given_frames: int = 0  # real frames that every video continues; 1: image to video
-    min_frames: int | None = (
-        None  # of a rollout, whose length is drawn anew in every step; None: as long as the teacher's videos
-    )
-    max_frames: int | None = None  # beyond the teacher's length, the newest frames are scored; None: as min_frames
+    min_frames: int | None = None  # of a rollout, whose length is drawn in every step; None: the teacher's length
+    max_frames: int | None = None  # None: as min_frames; beyond the teacher's length, the newest frames are scored
     gradient_frames: int | None = None  # only the newest get gradient; None: all that are scored
     stream_steps: int = 0  # training steps for which a rollout goes on, its cache kept; 0: each starts anew
     stream_frames: int | None = None  # that a stream goes on by at a time; None: the teacher's length

@@ -64,6 +64,9 @@ METHODS = {
     "gradient to the exit step": self_forcing("cache_gradient=exit_step", "backend=reference"),
     "stream": self_forcing("stream_steps=3", WINDOW, SINK),
     "stream in small parts": self_forcing("stream_steps=4", "stream_frames=3", WINDOW),
+    "stream, rotated on reading, int8": self_forcing(
+        "stream_steps=3", WINDOW, SINK, "rollout.rope=on_read", "rollout.quantization=int8"
+    ),
     "accumulation": self_forcing("accumulate=2"),
 }
 # What a method differs from by its options.
@@ -76,6 +79,7 @@ PLAIN = {
     "teacher forcing, much noised past": "teacher forcing, noised past",
     "self gradient, sid, image to video": "self gradient",
     "stream in small parts": "stream",
+    "stream, rotated on reading, int8": "stream",
 }
 
 
@@ -246,6 +250,7 @@ def test_the_method_is_kept_with_the_weights(runs):
         ("stream", "self_forcing.accumulate=2", "accumulate is 2; accepted with stream_steps: 1"),
         ("stream", "self_forcing.videos=self_gradient", "accepted with stream_steps: 'rollout'"),
         ("stream", "self_forcing.stream_frames=4", "stream_frames is 4"),
+        ("self gradient", "rollout.quantization=int8", "rollout.quantization is 'int8'; accepted with videos = 'self"),
         ("stream", "rollout.window_frames=null", "rollout.window_frames is None; accepted with stream_steps: a window"),
         (
             "ode",

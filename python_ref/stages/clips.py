@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from python_ref.batch_share import BatchShare
-from python_ref.config import Config
+from python_ref.config import Config, RolloutConfig
 from python_ref.models.captioned import CaptionedModel
 from python_ref.noise import NoiseSource
 from python_ref.objectives.causvid import CausVid
@@ -70,7 +70,8 @@ class RolloutClips:
     """Rollouts as at inference, of a length drawn anew in every step; the newest frames are scored.
 
     Raises:
-        ValueError: lengths that blocks do not fill, or that the given frames exceed.
+        ValueError: lengths that blocks do not fill or that the given frames exceed, or, with videos = "self_gradient",
+            a cache that changes keys and values.
     """
 
     def __init__(self, config: Config, network: CaptionedModel) -> None:
@@ -91,7 +92,10 @@ class RolloutClips:
             cache_gradient=settings.cache_gradient,
             cache_options=config.rollout.cache_options(),
         )
-        self.pipeline: Any = SelfGradientPipeline(pipeline) if settings.videos == "self_gradient" else pipeline
+        self.pipeline: Any = pipeline
+        if settings.videos == "self_gradient":
+            _check_plain_cache(config)
+            self.pipeline = SelfGradientPipeline(pipeline)
         self.lengths = self._lengths(config)
 
     def _lengths(self, config: Config) -> range:
@@ -211,6 +215,15 @@ class OnePassClips:
             noise = draw_noise(self.network, batch, self.network.settings["num_frames"])
             states = self.causvid.simulate(noise, batch.context, batch.source)
         return Clip(self.causvid.generate(states, batch.context, batch.source))
+
+
+def _check_plain_cache(config: Config) -> None:
+    """A parallel pass has the values of a rollout only if the cache holds what the pass computes."""
+    plain = RolloutConfig()
+    for name in config.rollout.cache_options():
+        value, accepted = getattr(config.rollout, name), getattr(plain, name)
+        if value != accepted:
+            raise ValueError(f"rollout.{name} is {value!r}; accepted with videos = 'self_gradient': {accepted!r}")
 
 
 def draw_noise(network: CaptionedModel, batch: Batch, frames: int) -> Tensor:

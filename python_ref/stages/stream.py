@@ -76,6 +76,10 @@ class KeptCache(nn.Module):
     def position(self) -> Tensor:
         return self._live().position
 
+    @property
+    def rope(self) -> str:
+        return self._live().rope
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._live().attend(layer, q, k, v)
 
