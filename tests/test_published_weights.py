@@ -5,6 +5,8 @@ import json
 import published_wan
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import save_file
 
 from python_ref.models.discriminator import Discriminator
@@ -143,6 +145,32 @@ def test_a_discriminator_keeps_what_stands_beside_the_model(tmp_path):
     assert_holds(other, state)
     with pytest.raises(ValueError, match=r"unexpected: _cls_pred_branch\.0\.bias.* and \d+ more"):
         load_published(ours(), tmp_path / "x.pt", "critic")
+
+
+@pytest.mark.parametrize(("heads", "layers", "ffn"), [(12, 30, 8960), (40, 40, 13824)])
+def test_names_and_shapes_are_those_that_diffusers_converts(heads, layers, ffn):
+    """Of the models of 1.3B and 14B parameters: what diffusers makes of our names is all that its model has."""
+    with torch.device("meta"):
+        state = WanModel(WanConfig(128 * heads, heads, layers, ffn), backend="reference").state_dict()
+        theirs = WanTransformer3DModel(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn).state_dict()
+    converted = convert_wan_transformer_to_diffusers(state)
+    assert {name: tensor.shape for name, tensor in converted.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+def test_a_model_saved_by_diffusers(tmp_path):
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32, freq_dim=8, text_dim=6, in_channels=4,
+        out_channels=4,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")  # several files and an index
+    model = ours()
+    load_published(model, tmp_path)
+    x, t, context = torch.randn(2, 3, 4, 4, 6), torch.tensor([30.0, 800.0]), torch.randn(2, 5, 6)
+    expected = theirs(x.transpose(1, 2), t, context, return_dict=False)[0].transpose(1, 2)
+    torch.testing.assert_close(model(x, t, context), expected, rtol=1e-4, atol=1e-5)
+    back = convert_wan_transformer_to_diffusers(model.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):

@@ -1,13 +1,15 @@
 """Checkpoints as Wan2.1 (arXiv 2503.20314) and Self-Forcing (arXiv 2506.08009) publish them, loaded strictly.
 
-Wan2.1 publishes safetensors, in one file or in shards with an index; Self-Forcing a file of `torch.save` that holds
-several models ("generator", "generator_ema", "critic") whose names still show how they were wrapped.
+Wan2.1 publishes safetensors, in one file or in shards with an index, also under the names of `diffusers`; Self-Forcing
+a file of `torch.save` that holds several models ("generator", "generator_ema", "critic") whose names still show how
+they were wrapped.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,25 @@ from python_ref.checkpoint import read_tensors
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 ANCHOR = "patch_embedding.weight"  # every Wan model has it once, so what stands before it is a model's prefix
 LISTED_NAMES = 8  # of each kind in an error
+
+# Pieces of the names of diffusers' WanTransformer3DModel, which no name of Wan2.1 has, and what Wan2.1 calls them.
+DIFFUSERS_NAMES = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "proj_out": "head.head",
+}
 
 
 def load_published(model: nn.Module, path: str | Path, part: str | None = None) -> None:
@@ -59,7 +80,8 @@ def load_published(model: nn.Module, path: str | Path, part: str | None = None) 
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a published checkpoint, by their names in it without those of wrappers.
+    """All tensors of a published checkpoint, by their names in it without those of wrappers, and Wan2.1's where it has
+    those of diffusers.
 
     A nested file gives dotted names, e.g. "generator_ema.model.head.head.weight". Large files are mapped, not read.
     """
@@ -71,6 +93,8 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     else:
         tensors = dict(_tensors_in(_read_pickle(path)))
     named = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
+    if any("condition_embedder." in name for name in named):
+        named = {_from_diffusers(name): tensor for name, tensor in named.items()}
     if len(named) != len(tensors):
         raise ValueError(f"{path} holds two weights of one name once wrappers' names are left out")
     return named
@@ -117,6 +141,13 @@ def _with_prefix(tensors: dict[str, Tensor], wanted: str) -> dict[str, Tensor]:
 
 def _without_wrappers(name: str) -> str:
     return ".".join(piece for piece in name.split(".") if piece not in WRAPPERS)
+
+
+def _from_diffusers(name: str) -> str:
+    for theirs, ours in DIFFUSERS_NAMES.items():
+        name = re.sub(rf"(?<![^.]){re.escape(theirs)}(?![^.])", ours, name)
+    table = "modulation" if "blocks." in name else "head.modulation"
+    return re.sub(r"(?<![^.])scale_shift_table$", table, name)
 
 
 def _listing(what: str, names: Iterable[str]) -> str:
