@@ -22,12 +22,18 @@ BUCKET_BYTES = 64 * 2**20  # of gradients that are reduced together: large messa
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Within it, the processes that torchrun started can talk to each other. Does nothing in a run of one process."""
+def process_group(device: str = "cpu") -> Iterator[None]:
+    """Within it, the processes that torchrun started can talk to each other, about tensors on the CPU and on a device
+    of this kind. Does nothing in a run of one process.
+
+    Raises:
+        ValueError: as `process_device`.
+    """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    process_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield
     finally:

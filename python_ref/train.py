@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
-        with process_group():
+        with process_group(config.device):
             weights = train(config)
             if is_first_process():
                 print(f"weights: {weights}")

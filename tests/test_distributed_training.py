@@ -163,6 +163,35 @@ def test_both_processes_write_their_shards(runs: Runs):
         assert [len(tensors[name]) for tensors in map(read_tensors, files) if name in tensors] == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", ["teacher", "self-forcing"])
+def test_a_gpu_computes_what_the_cpu_does(case: str, tmp_path: Path):
+    runs = Runs(tmp_path)
+    runs.start()
+    for device in ("cpu", "cuda"):
+        assert train(runs.arguments(case, device, f"device={device}")) == 0
+    expected, found = (losses(tmp_path / case / device, CASES[case][0]) for device in ("cpu", "cuda"))
+    for cpu, cuda in zip(expected, found, strict=True):
+        assert cuda == pytest.approx(cpu, rel=1e-3), cpu["step"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("options", [["ddp"], ["fsdp"], ["fsdp", "distributed.context_parallel=2"]], ids="-".join)
+def test_two_gpus_compute_what_the_cpu_does(options: list[str], tmp_path: Path):
+    runs = Runs(tmp_path)
+    runs.start()
+    assert train(runs.arguments("self-forcing", "one")) == 0
+    strategy, *others = options
+    two = runs.arguments("self-forcing", "two", "device=cuda", f"distributed.strategy={strategy}", *others)
+    done = runs.torchrun([two], device="cuda")
+    assert done.returncode == 0, done.stderr
+    expected, found = (losses(tmp_path / "self-forcing" / name, "self_forcing") for name in ("one", "two"))
+    for one, both in zip(expected, found, strict=True):
+        assert both == pytest.approx(one, rel=1e-3), one["step"]
+
+
 @pytest.mark.parametrize(("rank", "function"), [(1, "_write_shards"), (0, "_write_text")], ids=["shards", "state"])
 def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(rank: int, function: str, tmp_path: Path):
     """One process dies in its second save, which takes the other along; one process goes on from the first save."""

@@ -2,7 +2,7 @@
 
 The argument is a JSON file with lists of arguments of `python -m python_ref.train`: "runs" that work and those that are
 "refused"; and with "kill", if wanted: the "rank" of the process that kills itself, the "function" of the checkpoint
-module in which it does, and at which call ("time").
+module in which it does, and at which call ("time"). "device" is that of all runs, if not the CPU.
 """
 
 import json
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     kill = orders.get("kill")
     if kill is not None and kill["rank"] == int(os.environ["RANK"]):
         die_in(kill["function"], kill["time"])
-    with process_group():
+    with process_group(orders.get("device", "cpu")):
         for arguments in orders["runs"]:
             assert main(arguments) == 0
         for arguments in orders.get("refused", ()):
