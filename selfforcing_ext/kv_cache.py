@@ -391,16 +391,13 @@ class PagedKVCache:
                 stream.retain(self._staged_frames(block))
 
     def end(self) -> None:
-        """What a stream of the cache does when it closes: blocks that are not committed are dropped, and the cache can
-        no longer be used."""
-        self._blocks.clear()
-        self._release()
+        """What a stream of the cache does before it closes: blocks that are not committed are dropped, and the cache
+        can no longer be used."""
+        self.drop()
         self._view = None
         self._ended = True
         for stream in self.streams:
             stream._batches.discard(self)
-            if not stream.closed:
-                stream.retain()
 
     def reserve(self, num_frames: int) -> None:
         """Takes the pages for the next block, as its first write does otherwise. Only needed before a compiled graph

@@ -200,9 +200,9 @@ class Stream:
 
     def close(self) -> None:
         """Gives its pages back. What views and recorded graphs read stays until they are gone."""
-        self._finalizer()
         for batch in list(self._batches):
             batch.end()
+        self._finalizer()
 
     # ---- What its batches do with it
 
