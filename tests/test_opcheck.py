@@ -16,7 +16,7 @@ import selfforcing_ext.denoise
 import selfforcing_ext.modulate
 import selfforcing_ext.rope  # noqa: F401
 from selfforcing_ext import PagedKVCache
-from selfforcing_ext.attention import NO_PAST, full_table
+from selfforcing_ext.attention import NO_PAST, Past, full_table, span_records
 from selfforcing_ext.library import ops
 from selfforcing_ext.mask import make_span_table
 
@@ -47,6 +47,13 @@ def attention_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         past = past._replace(k_pages=past.k_pages.nan_to_num(), v_pages=past.v_pages.nan_to_num())
         table = full_table(case.num_queries, case.num_queries, CPU)
         yield f"past {case}", (*block, *table.tensors(), *past)
+    for form, dtype, dim, groups in (("int8", torch.int8, 32, 1), ("int4", torch.uint8, 16, 1)):
+        pages = torch.zeros(2, 4, 3, 2, dim, dtype=dtype)
+        scales = torch.rand(2, 4, 3, 2, groups).bfloat16()
+        spans = span_records(torch.tensor([[[0, 4]], [[5, 9]]])[None], 0.5, 2)  # one list per head
+        rope_table = torch.randn(2 * 6 + 2 * 5 + 3 * 5, 2)  # pairs of 32 channels
+        past = Past(*pages, _int32([[2, 0, 3]]), spans, *scales, torch.randn(2, 32), rope_table, [2, 2, 3])
+        yield f"{form}, rotated", (*torch.randn(3, 1, 5, 2, 32), *full_table(5, 5, CPU).tensors(), *past)
 
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

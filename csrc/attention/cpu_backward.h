@@ -143,7 +143,7 @@ inline bool any_gradient(const AttentionBackwardParams& p, int batch, KeyWalk pa
 // Adds the gradients of a tile, that is of the next `count` keys of the past, to where they have a place: those of keys
 // as they are stored.
 inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int kv_head, KeyWalk past, int count,
-                               Turn& turn, const TileBuffers& tile) {
+                               const TileBuffers& tile) {
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
   KeyPlace place{};
   for (int key = 0; key < count; key += place.count) {
@@ -154,14 +154,18 @@ inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int 
       const int64_t token = page * p.past.page_size + place.first % p.past.page_size + i;
       const int64_t row = (token * p.num_kv_heads + kv_head) * dim, sums = int64_t{key + i} * padded_dim;
       float *grad_k = p.past_grads.k_pages + row, *grad_v = p.past_grads.v_pages + row;
-      const bool rotated = p.past.rope_table != nullptr;
-      if (rotated) turn.go_to(place.past->token + place.first + i - place.past->start);
-      for_lanes(dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
-        Floats k = load(tile.grad_k + sums + d) * p.softmax_scale;
-        if (rotated) k = turn.rotate_back(k, d);
-        store<Float32>(grad_k + d, load<Float32>(grad_k + d, lanes) + k, lanes);
-        store<Float32>(grad_v + d, load<Float32>(grad_v + d, lanes) + load(tile.grad_v + sums + d), lanes);
-      });
+      const auto add = [&](float* to, Floats x, int lanes)
+                           __attribute__((always_inline)) { store<Float32>(to, load<Float32>(to, lanes) + x, lanes); };
+      const auto sum_k = [&](int64_t d)
+                             __attribute__((always_inline)) { return load(tile.grad_k + sums + d) * p.softmax_scale; };
+      if (p.past.rope_table == nullptr) {
+        for_lanes(dim, [&](int64_t d, int lanes) { add(grad_k + d, sum_k(d), lanes); });
+      } else {
+        for_turns(
+            p.past, place.past->token + place.first + i - place.past->start,
+            [&](int64_t d, Floats turns, int lanes) { add(grad_k + d, rotate_pairs_back(sum_k(d), turns), lanes); });
+      }
+      for_lanes(dim, [&](int64_t d, int lanes) { add(grad_v + d, load(tile.grad_v + sums + d), lanes); });
     }
   }
 }
@@ -275,7 +279,7 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
     }
   }
   if (constant) return;
-  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, visible_past.past().turn(), tile);
+  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, tile);
   write_grad_keys<Op>(p.grad_k, batch, kv_head, keys, tile.grad_k, p.softmax_scale, dim);
   write_grad_keys<Op>(p.grad_v, batch, kv_head, keys, tile.grad_v, 1, dim);
 }

@@ -168,8 +168,18 @@ struct Float16 {
 template <typename Element>
 SELFFORCING_INLINE Floats load(const typename Element::Storage* from, int count) {
   if (count == kLanes) return Element::widen(from);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(*from) == 4) return _mm512_maskz_loadu_ps(mask, from);
+  alignas(32) typename Element::Storage padded[kLanes];
+  if constexpr (sizeof(*from) == 2)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(mask, from));
+  if constexpr (sizeof(*from) == 1)
+    _mm_store_si128(reinterpret_cast<__m128i*>(padded), _mm_maskz_loadu_epi8(mask, from));
+#else
   typename Element::Storage padded[kLanes] = {};
   memcpy(padded, from, count * sizeof(*from));
+#endif
   return Element::widen(padded);
 }
 

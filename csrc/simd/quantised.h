@@ -28,6 +28,7 @@ SELFFORCING_INLINE Ints widen_bytes(const void* from) {
 
 struct Int8 {
   using Storage = int8_t;
+  static constexpr float kUnit = 1;  // what a widened element must be multiplied by
   static SELFFORCING_INLINE Floats widen(const int8_t* from) {
     return __builtin_convertvector(widen_bytes(from), Floats);
   }
@@ -37,16 +38,28 @@ struct Int8 {
 // set (arXiv 2209.05433, section 3).
 struct Float8E4M3 {
   using Storage = uint8_t;
+  static constexpr float kUnit = 256;
   static SELFFORCING_INLINE Floats widen(const uint8_t* from) {
-    Bytes bytes;
-    memcpy(&bytes, from, sizeof(bytes));
     // The same bits as a float16, whose bias is 15. Its subnormal numbers are exact whatever the machine makes of those
     // of float32.
-    Shorts half = (__builtin_convertvector(bytes, Shorts) << 7) & static_cast<int16_t>(0xbfff);
+    Shorts half = (shorts(from) << 7) & static_cast<int16_t>(0xbfff);
     half |= ((half & 0x3f80) == 0x3f80) & 0x7c00;
     uint16_t bits[kLanes];
     memcpy(bits, &half, sizeof(half));
-    return Float16::widen(bits) * 256.0f;
+    return Float16::widen(bits);
+  }
+
+ private:
+  static SELFFORCING_INLINE Shorts shorts(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Shorts>(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof(bytes));
+    return __builtin_convertvector(bytes, Shorts);
+#endif
   }
 };
 

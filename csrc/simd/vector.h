@@ -51,6 +51,29 @@ SELFFORCING_INLINE Floats maximum(Floats a, Floats b) {
 #endif
 }
 
+// Pairs of neighbouring lanes, each turned by its pair of cosine and sine: (x0 c - x1 s, x1 c + x0 s).
+SELFFORCING_INLINE Floats rotate_pairs(Floats x, Floats turns) {
+#if defined(__AVX512F__)
+  return _mm512_fmaddsub_ps(x, _mm512_maskz_moveldup_ps(0xffff, turns),
+                            swap_pairs(x) * reinterpret_cast<Floats>(_mm512_maskz_movehdup_ps(0xffff, turns)));
+#elif defined(__FMA__)
+  return _mm256_fmaddsub_ps(x, _mm256_moveldup_ps(turns),
+                            swap_pairs(x) * reinterpret_cast<Floats>(_mm256_movehdup_ps(turns)));
+#else
+  typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
+  const Ints even = reinterpret_cast<Ints>(Pairs{} + 0xffffffffu);
+  const Floats swapped = swap_pairs(turns);
+  return x * (even ? turns : swapped) + swap_pairs(x) * (even ? -swapped : turns);
+#endif
+}
+
+// By the opposite angle: with the sines' signs the other way round.
+SELFFORCING_INLINE Floats rotate_pairs_back(Floats x, Floats turns) {
+  typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
+  constexpr uint64_t kSignOfOdd = uint64_t{1} << 63;
+  return rotate_pairs(x, reinterpret_cast<Floats>(reinterpret_cast<Pairs>(turns) ^ (Pairs{} + kSignOfOdd)));
+}
+
 // Makes the compiler keep a broadcast in a register: folded into each multiply-add it would be loaded once per use.
 SELFFORCING_INLINE void keep_in_register(Floats& x) {
 #if defined(__x86_64__)
