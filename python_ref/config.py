@@ -239,6 +239,8 @@ class SelfForcingConfig:
     accumulate: int = 1  # batches per optimizer step, of the generator and of the critic
     generator_every: int = 3  # critic steps per generator step, DMD2's two time-scale rule (arXiv 2405.14867)
     ema_decay: float = 0.95  # per generator step
+    lora_rank: int = 0  # of adapters on the generator, which then learn alone; 0: all weights learn
+    lora_alpha: float = 16.0  # the adapters' product counts alpha / rank times
 
     # What the videos are trained for.
     objective: str = "dmd"  # "sid", "gan"

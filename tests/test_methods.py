@@ -12,11 +12,13 @@ from python_ref.checkpoint import load_weights
 from python_ref.config import load_config
 from python_ref.data.source import open_source
 from python_ref.make_ode_pairs import main as make_ode_pairs
+from python_ref.models.lora import merged_weights
 from python_ref.stages import Stage
 from python_ref.stages.clips import draw_noise
 from python_ref.train import main as train
 from python_ref.train import make_stage
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WINDOW = "rollout.window_frames=6"
 SINK = "rollout.sink_frames=1"
 
@@ -67,6 +69,7 @@ METHODS = {
     "stream, rotated on reading, int8": self_forcing(
         "stream_steps=3", WINDOW, SINK, "rollout.rope=on_read", "rollout.quantization=int8"
     ),
+    "lora": self_forcing("lora_rank=2"),
     "accumulation": self_forcing("accumulate=2"),
 }
 # What a method differs from by its options.
@@ -234,6 +237,40 @@ def test_given_frames_are_those_of_the_data(options, tmp_path):
     assert torch.equal(videos[:, :1], stage.source.batch(0, 2)[0][:, :1])
 
 
+def test_adapters_learn_alone_and_are_merged(runs, starts):
+    """What a run leaves has the names of any other, and differs from its start by matrices of low rank."""
+    trained, _ = load_weights(runs("lora") / "self_forcing.safetensors")
+    start, _ = load_weights(next(option for option in starts if option.startswith("self_forcing.init")).split("=")[1])
+    assert trained.keys() == start.keys()
+    adapted = [name for name, weight in trained.items() if not torch.equal(weight, start[name])]
+    assert len(adapted) == 2 * (2 * 4 + 2)  # of two layers: the projections of both attentions, the feed-forward
+    for name in adapted:
+        assert torch.linalg.matrix_rank((trained[name] - start[name]).double(), rtol=1e-3) <= 2
+
+
+def test_adapters_change_nothing_at_first(options, tmp_path):
+    adapted, plain = stage_of(options("lora", tmp_path)), stage_of(options("dmd", tmp_path))
+    assert sum(weight.requires_grad for weight in adapted.network.parameters()) == 2 * 20  # A and B of 20 projections
+    with torch.no_grad():
+        videos = [stage.clips(stage._batch(0, 0)).video for stage in (adapted, plain)]
+    assert torch.equal(*videos)
+    for name, weight in merged_weights(adapted.network).items():
+        assert torch.equal(weight, plain.network.state_dict()[name])
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!w]*.yaml")), ids=lambda file: file.stem)  # not those of Wan2.1
+def test_the_shipped_configs_make_their_stage(file, tmp_path):
+    """Also those that start from what other commands leave: the shipped teacher stands for it."""
+    teacher = "assets/teacher.safetensors"
+    starts = [f"{name}={teacher}" for name in ("consistency.init", "consistency.teacher", "self_forcing.init")]
+    config = load_config(file, [*starts, f"ode.pairs={tmp_path}"])
+    assert config.output == f"outputs/{file.stem}"
+    if config.stage == "ode":
+        arguments = ["--checkpoint", teacher, "--output", str(tmp_path), "--pairs", "1", "--sample-steps", "4"]
+        assert make_ode_pairs(arguments) == 0
+    assert make_stage(config, open_source(config.data)).total_steps > 0
+
+
 def test_the_method_is_kept_with_the_weights(runs):
     _, settings = load_weights(runs("first frame alone") / "self_forcing.safetensors")
     assert settings["rollout"]["first_frame_alone"] is True
@@ -250,6 +287,11 @@ def test_the_method_is_kept_with_the_weights(runs):
         ("stream", "self_forcing.accumulate=2", "accumulate is 2; accepted with stream_steps: 1"),
         ("stream", "self_forcing.videos=self_gradient", "accepted with stream_steps: 'rollout'"),
         ("stream", "self_forcing.stream_frames=4", "stream_frames is 4"),
+        (
+            "lora",
+            "distributed.strategy=fsdp",
+            "self_forcing.lora_rank is 2; accepted with distributed.strategy = 'fsdp'",
+        ),
         ("self gradient", "rollout.quantization=int8", "rollout.quantization is 'int8'; accepted with videos = 'self"),
         ("stream", "rollout.window_frames=null", "rollout.window_frames is None; accepted with stream_steps: a window"),
         (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from python_ref.checkpoint import load_weights, save_weights
 from python_ref.config import FlowConfig, ModelConfig
+from python_ref.models.lora import merged_weights
 from python_ref.models.text import TextEncoder, TextEncoderConfig
 from python_ref.models.wan import CausalWanModel, WanConfig, WanModel
 from python_ref.schedule import FlowMatchSchedule
@@ -98,8 +99,9 @@ class CaptionedModel(nn.Module):
         return copy.deepcopy(self).frozen()
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Writes weights and settings to one safetensors file, with further facts such as stage and step."""
-        save_weights(path, self.state_dict(), {**self.settings, **facts})
+        """Writes weights (adapters merged into them) and settings to one safetensors file, with further facts such as
+        stage and step."""
+        save_weights(path, merged_weights(self), {**self.settings, **facts})
 
     @classmethod
     def load(cls, path: str | Path, causal: bool, backend: str, embed: Embed | None = None) -> "CaptionedModel":

@@ -17,6 +17,7 @@ from python_ref.distributed import distribute
 from python_ref.generation import generate_causal
 from python_ref.learning import Learner, update_average
 from python_ref.models.captioned import CaptionedModel
+from python_ref.models.lora import add_lora
 from python_ref.objectives.score_noise import constant_weights
 from python_ref.precision import network_precision
 from python_ref.randomness import derived_generator
@@ -36,6 +37,8 @@ class SelfForcingStage:
         self.network.settings["rollout"] = asdict(config.rollout)
         self.network.text.requires_grad_(False)
         self.network.model.checkpoint_layers = config.checkpoint_activations
+        if self.settings.lora_rank:
+            self._adapt()
         self.average = self.network.average_copy()
         self.clips = make_clips(config, self.network, source.share)
         self.matching = make_matching(config, self.network)
@@ -45,6 +48,15 @@ class SelfForcingStage:
         own = {"model": self.network, "critic": self.matching.critic, "average": self.average}
         self.modules = {**own, **self.clips.modules}
         self.optimizers = {"model": self.learner.optimizer, "critic": self.critic_learner.optimizer}
+
+    def _adapt(self) -> None:
+        if self.config.distributed.strategy == "fsdp":
+            raise ValueError(
+                f"self_forcing.lora_rank is {self.settings.lora_rank}; accepted with distributed.strategy = 'fsdp': "
+                "0, as adapters are merged into whole weights"
+            )
+        torch.manual_seed(self.config.seed)  # initial weights of the adapters
+        add_lora(self.network.model, self.settings.lora_rank, self.settings.lora_alpha)
 
     def generator_updates(self, steps: int) -> int:
         """Updates of the generator within the first `steps` steps."""
