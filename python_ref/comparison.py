@@ -15,6 +15,7 @@ from python_ref.plots import plot_by_frame
 from python_ref.run_facts import run_facts
 
 ALL, WINDOW, SINK = VARIANTS = "all frames", "window", "window and sink"
+CLOCK_NAMES = {"cpu": "CPU time", "wall": "wall-clock time"}
 MEASURES = {"identity": "reads as the digit asked for", "sharpness": "sharpness (real = 1)", "ink": "ink (real = 1)"}
 
 
@@ -87,7 +88,7 @@ def _introduction(config: Config) -> str:
     return (
         "Ways to train a causal video model on moving digits, compared. Each starts from the same causal model "
         f"({settings.start_steps} steps of teacher forcing from the shipped teacher) and trains for "
-        f"{settings.seconds:g} seconds of {settings.clock} time on {config.threads} thread(s), with "
+        f"{settings.seconds:g} seconds of {CLOCK_NAMES[settings.clock]} on {config.threads} thread(s), with "
         f"{len(settings.seeds)} seed(s), on videos of {frames} frames. It then generates "
         f"{config.evaluation.num_videos} videos of {settings.long_factor * frames} frames in blocks of "
         f"{config.rollout.frames_per_block}, which are measured without any network of ours (`python_ref.measures`). "
@@ -154,7 +155,10 @@ def _how(config: Config, comparison: Comparison, steps: Mapping[str, int]) -> st
         f"Commit `{commit}`, torch {facts['environment']['torch']}. Steps were chosen before training from the time "
         "that a step takes. The solutions of the teacher's ODE, which ODE regression learns from, were made beforehand "
         f"and their time does not count.\n\n"
-        + _table(["method", "steps", f"seconds of training ({config.reproduce.clock}), by seed", "settings"], rows)
+        + _table(
+            ["method", "steps", f"seconds of training ({CLOCK_NAMES[config.reproduce.clock]}), by seed", "settings"],
+            rows,
+        )
     )
 
 
