@@ -56,9 +56,9 @@ def teacher_forcing(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -
     return network(x, t, context, mask=mask, clean_x=x.flip(0))
 
 
-def rollout(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+def rollout(network: nn.Module, x: Tensor, t: Tensor, context: Tensor, **options: str) -> Tensor:
     """Block after block from a cache that forgets, layers recomputed in backward."""
-    cache = network.make_cache(x.shape, max_frames=None, window_frames=3, sink_frames=1, page_size=5)
+    cache = network.make_cache(x.shape, max_frames=None, window_frames=3, sink_frames=1, page_size=5, **options)
     flows = []
     for start in range(0, FRAMES, FRAMES_PER_BLOCK):
         block = x[:, start : start + FRAMES_PER_BLOCK], t[:, start : start + FRAMES_PER_BLOCK]
@@ -66,6 +66,10 @@ def rollout(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor
         with torch.no_grad():
             network(*block, context, cache=cache, commit=True)
     return torch.cat(flows, dim=1)
+
+
+def rotated_on_reading(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    return rollout(network, x, t, context, rope="on_read")
 
 
 def one_time(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -76,6 +80,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "masked": (causal, masked),
     "teacher forcing": (causal, teacher_forcing),
     "rollout": (causal, rollout),
+    "rotated on reading": (causal, rotated_on_reading),
     "bidirectional": (bidirectional, one_time),
     "without norms": (without_norms, one_time),
     "discriminator": (discriminator, one_time),
