@@ -255,6 +255,7 @@ class SelfForcingConfig:
     # How the videos are made: "rollout"; "self_gradient", a rollout whose gradient comes from one parallel pass (Self
     # Gradient Forcing); "noised_data" or "simulated", in one pass without a rollout (CausVid).
     videos: str = "rollout"
+    clean_past: bool = False  # with "noised_data": blocks see the clean data before them rather than the noised
     cache_gradient: str = "constant"
     last_step_only: bool = False
     same_step_across_blocks: bool = True
@@ -272,6 +273,8 @@ class SelfForcingConfig:
         _check_positive(self, "steps", "batch_size", "accumulate", "generator_every")
         _check_choice("self_forcing.objective", self.objective, ("dmd", "sid", "gan"))
         _check_choice("self_forcing.videos", self.videos, ("rollout", "self_gradient", "noised_data", "simulated"))
+        if self.clean_past and self.videos != "noised_data":
+            raise ValueError(f"self_forcing.clean_past is True; accepted with videos = {self.videos!r}: False")
         _check_choice("self_forcing.cache_gradient", self.cache_gradient, ("constant", "exit_step", "full"))
         for name in ("min_frames", "max_frames", "gradient_frames", "stream_frames"):
             if getattr(self, name) is not None:

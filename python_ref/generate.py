@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from python_ref.config import TeacherConfig
 from python_ref.data.prompts import read_prompts
+from python_ref.data.video_files import read_video
 from python_ref.evaluate import load_for_generation
 from python_ref.generation import generate_bidirectional, generate_causal
+from python_ref.models.captioned import CaptionedModel, rows_and_columns
 from python_ref.randomness import derived_generator
 from python_ref.video_output import write_contact_sheet, write_gif, write_mp4
 
@@ -28,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window-frames", type=int, help="frames that stay visible, the block and the sink included")
     parser.add_argument("--sink-frames", type=int, help="first frames that stay visible for ever")
     parser.add_argument("--denoising-steps", type=int, nargs="+", help="falling timesteps such as 1000 750 500 250")
+    parser.add_argument("--continue-video", help="a video or an image whose first frames every video goes on from")
+    parser.add_argument("--given-frames", type=int, default=1, help="how many of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="outputs/generate")
     parser.add_argument("--fps", type=float, default=8)
@@ -52,7 +57,12 @@ def generate(options: argparse.Namespace) -> list[Path]:
     network, rollout = load_for_generation(options.checkpoint, options.backend)
     generator = derived_generator(options.seed, "generate")
     length = network.settings["num_frames"]
+    initial = given_frames(options, network, len(prompts))
     if rollout is None:
+        if initial is not None:
+            raise ValueError(
+                "continue_video is given; accepted for a bidirectional model: none, as it makes whole videos"
+            )
         if options.num_frames not in (None, length):
             raise ValueError(
                 f"num_frames is {options.num_frames}; accepted for a bidirectional model: {length}, as it was trained"
@@ -65,7 +75,8 @@ def generate(options: argparse.Namespace) -> list[Path]:
         for name in ("window_frames", "sink_frames", "denoising_steps"):
             if getattr(options, name) is not None:
                 setattr(rollout, name, getattr(options, name))
-        videos = generate_causal(network, prompts, options.num_frames or length, rollout, generator, options.precision)
+        frames = options.num_frames or rollout.frames_within(length, 0 if initial is None else initial.shape[1])
+        videos = generate_causal(network, prompts, frames, rollout, generator, options.precision, initial)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -77,6 +88,19 @@ def generate(options: argparse.Namespace) -> list[Path]:
     written.append(folder / "contact_sheet.png")
     write_contact_sheet(written[-1], videos, prompts, block=rollout.frames_per_block if rollout else None)
     return written
+
+
+def given_frames(options: argparse.Namespace, network: CaptionedModel, count: int) -> Tensor | None:
+    """The frames that `count` videos go on from, [count, F, C, H, W] in -1..1, if any."""
+    if options.continue_video is None:
+        return None
+    settings = network.settings
+    frames = read_video(Path(options.continue_video), rows_and_columns(settings["frame_size"]), settings["channels"])
+    if not 1 <= options.given_frames <= len(frames):
+        raise ValueError(
+            f"given_frames is {options.given_frames}; accepted: 1 to {len(frames)}, as {options.continue_video} holds"
+        )
+    return (frames[: options.given_frames] / 127.5 - 1).expand(count, -1, -1, -1, -1)
 
 
 if __name__ == "__main__":

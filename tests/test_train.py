@@ -123,7 +123,7 @@ def test_generate_and_evaluate(config_file, starts, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a 5\n")
     options = ["--checkpoint", causal, "--prompt", "a 3 moving left", "--prompts-file", str(prompts), "--threads", "1"]
-    long = ["--num-frames", "18", "--window-frames", "6", "--sink-frames", "3"]
+    long = ["--num-frames", "18", "--window-frames", "6", "--sink-frames", "3", "--scale", "1"]
     assert generate.main([*options, *long, "--output", str(made)]) == 0
     names = {"000_a_3_moving_left.gif", "000_a_3_moving_left.mp4", "001_a_5.gif", "001_a_5.mp4", "contact_sheet.png"}
     assert {path.name for path in made.iterdir()} == names
@@ -134,6 +134,19 @@ def test_generate_and_evaluate(config_file, starts, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "num_frames is 17; accepted: a multiple of frames_per_block = 3" in errors
     assert "unknown word 'cat'" in errors
+
+    again = tmp_path / "again"
+    given = ["--continue-video", str(made / "001_a_5.gif"), "--given-frames", "4", "--num-frames", "10", "--scale", "1"]
+    assert generate.main([*options, *given, "--output", str(again)]) == 0
+    frames, old = (read_video(folder / "001_a_5.gif", (24, 24), 1) for folder in (again, made))
+    assert frames.shape == (10, 1, 24, 24)
+    assert (frames[:4].float() - old[:4].float()).abs().mean() < 3  # but for rounding
+    assert (frames[4:].float() - old[4:10].float()).abs().mean() > 3
+    assert generate.main([*options, *given[:2], "--given-frames", "19"]) == 2
+    assert generate.main(["--checkpoint", teacher, "--prompt", "a 5", *given[:2]]) == 2
+    errors = capsys.readouterr().err
+    assert "given_frames is 19; accepted: 1 to 18" in errors
+    assert "continue_video is given; accepted for a bidirectional model: none" in errors
 
     output = tmp_path / "evaluation"
     options = ["--num-videos", "8", "--num-frames", "12", "--batch-size", "4", "--threads", "1"]

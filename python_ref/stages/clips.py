@@ -79,6 +79,12 @@ class RolloutClips:
         self.clip_frames = network.settings["num_frames"]
         self.modules: dict[str, nn.Module] = {}
         settings, schedule = self.settings, network.schedule()
+        gradient_frames = min(settings.gradient_frames or self.clip_frames, self.clip_frames)
+        if gradient_frames < config.rollout.frames_per_block:
+            raise ValueError(
+                f"gradient_frames is {gradient_frames}; accepted: frames_per_block = "
+                f"{config.rollout.frames_per_block} or more, as blocks have gradient as a whole"
+            )
         pipeline = SelfForcingTrainingPipeline(
             network.model,
             schedule,
@@ -87,7 +93,7 @@ class RolloutClips:
             same_step_across_blocks=settings.same_step_across_blocks,
             last_step_only=settings.last_step_only,
             context_noise=config.rollout.context_noise,
-            gradient_frames=min(settings.gradient_frames or self.clip_frames, self.clip_frames),
+            gradient_frames=gradient_frames,
             checkpoint_activations=config.checkpoint_activations,
             cache_gradient=settings.cache_gradient,
             cache_options=config.rollout.cache_options(),
@@ -202,7 +208,11 @@ class OnePassClips:
         self.settings, self.network = config.self_forcing, network
         self.modules: dict[str, nn.Module] = {}
         self.causvid = CausVid(
-            network.model, schedule, schedule.warp(config.rollout.denoising_steps), **config.rollout.blocks()
+            network.model,
+            schedule,
+            schedule.warp(config.rollout.denoising_steps),
+            **config.rollout.blocks(),
+            teacher_forcing=self.settings.clean_past,
         )
 
     def batch_number(self, step: int, part: int) -> int:
@@ -214,7 +224,8 @@ class OnePassClips:
         else:
             noise = draw_noise(self.network, batch, self.network.settings["num_frames"])
             states = self.causvid.simulate(noise, batch.context, batch.source)
-        return Clip(self.causvid.generate(states, batch.context, batch.source))
+        clean = batch.real if self.settings.clean_past else None
+        return Clip(self.causvid.generate(states, batch.context, batch.source, clean))
 
 
 def _check_plain_cache(config: Config) -> None:
