@@ -46,19 +46,16 @@ def distribute(config: Config, *modules: nn.Module) -> None:
             is no `WanBackbone` is sharded by its parts, which must then be called as modules.
     """
     device = process_device(config.device)
-    for module in modules:
-        module.to(device)
     count, group_size = process_count(), config.distributed.context_parallel
-    if count == 1:
-        return
-    if group_size > 1:
+    if count > 1 and group_size > 1:
         groups = init_device_mesh(device.type, (count // group_size, group_size), mesh_dim_names=("batch", "context"))
         parallel = ContextParallel(groups["context"].get_group())
         for backbone in (part for module in modules for part in module.modules() if isinstance(part, WanBackbone)):
             backbone.split_context(parallel)
-    for module in modules:
+    for module in modules:  # one at a time, so that only one is whole on the device
+        module.to(device)
         share_first_weights(module)
-        if config.distributed.strategy == "fsdp":
+        if count > 1 and config.distributed.strategy == "fsdp":
             # Our models change nothing in place, so that views may be returned.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             # Nothing stays gathered after a forward, so that weights that change without a backward (averages) are

@@ -162,6 +162,7 @@ def _plan_self_forcing(config: Config, processes: int, teacher: WanConfig | None
         ("cache_gradient", settings.cache_gradient, ("constant",)),
         ("stream_steps", settings.stream_steps, (0,)),
         ("given_frames", settings.given_frames, (0,)),
+        ("lora_rank", settings.lora_rank, (0,)),
     ):
         if value not in accepted:
             raise ValueError(f"self_forcing.{name} is {value!r}; accepted in a plan: {', '.join(map(repr, accepted))}")

@@ -165,6 +165,7 @@ def test_published_run(capsys):
     [
         (["stage=ode"], "stage is 'ode'"),
         (["stage=self_forcing", "self_forcing.objective=gan"], "objective is 'gan'"),
+        (["stage=self_forcing", "self_forcing.lora_rank=4"], "lora_rank is 4"),
         (["stage=self_forcing", "self_forcing.batch_size=5"], "processes is 2"),
         (["stage=teacher", "distributed.strategy=none"], "strategy=none"),
         (["stage=teacher", "data.latents.num_frames=4", "model.patch_size=[2,2,2]"], "one frame per token"),

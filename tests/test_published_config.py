@@ -84,7 +84,16 @@ def test_our_configurations_say_what_the_published_ones_do(name, changes, tmp_pa
     (tmp_path / "c.yaml").write_text(translation.to_yaml())
     theirs, ours = load_config(tmp_path / "c.yaml"), load_config(f"configs/{name}.yaml")
     assert not translation.unknown
-    for section in ("stage", "precision", "checkpoint_activations", "distributed", "model", "flow", "rollout"):
+    for section in (
+        "stage",
+        "device",
+        "precision",
+        "checkpoint_activations",
+        "distributed",
+        "model",
+        "flow",
+        "rollout",
+    ):
         assert getattr(theirs, section) == getattr(ours, section), section
     assert theirs.data.latents == ours.data.latents
     assert theirs.logging.checkpoint_every == ours.logging.checkpoint_every

@@ -22,6 +22,7 @@ from python_ref.data.video_files import find_videos, read_captions, read_video
 from python_ref.metrics import ProgressLine
 from python_ref.models.umt5 import WanTextEncoder
 from python_ref.models.wan_vae import WanVideoAutoencoder
+from python_ref.processes import process_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fps", type=float, help="frames per second of the clips; left out: those of each file")
     parser.add_argument("--shard-size", type=int, default=64, help="captions per file, without videos")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of what is kept")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the encoders run")
     parser.add_argument("--threads", type=int, default=2)
     parsed = parser.parse_args(arguments)
     try:
@@ -126,13 +128,16 @@ class _Encoders:
     @property
     def text(self) -> WanTextEncoder:
         if self._text is None:
-            self._text = WanTextEncoder(self.options.model, self.options.text_len, self.options.negative_prompt)
+            options = self.options
+            self._text = WanTextEncoder(
+                options.model, options.text_len, options.negative_prompt, device=process_device(options.device)
+            )
         return self._text
 
     @property
     def vae(self) -> WanVideoAutoencoder:
         if self._vae is None:
-            self._vae = WanVideoAutoencoder(self.options.model)
+            self._vae = WanVideoAutoencoder(self.options.model, process_device(self.options.device))
         return self._vae
 
     def write(self, path: Path, captions: list[str], latents: Tensor | None = None) -> None:

@@ -23,6 +23,7 @@ class WanTextEncoder:
         text_len: tokens of a context; longer captions are cut.
         negative_prompt: what stands for the empty caption, as Wan2.1 samples and Self-Forcing trains.
         dtype: of the encoder's weights.
+        device: where it runs; what it returns is on the CPU.
 
     Raises:
         ImportError: without transformers.
@@ -30,7 +31,12 @@ class WanTextEncoder:
     """
 
     def __init__(
-        self, folder: str | Path, text_len: int = 512, negative_prompt: str = "", dtype: torch.dtype = torch.float32
+        self,
+        folder: str | Path,
+        text_len: int = 512,
+        negative_prompt: str = "",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         for part in ("text_encoder", "tokenizer"):
             if not (Path(folder) / part).is_dir():
@@ -41,7 +47,7 @@ class WanTextEncoder:
         self.encoder = UMT5EncoderModel.from_pretrained(
             Path(folder) / "text_encoder", local_files_only=True, dtype=dtype
         )
-        self.encoder.eval().requires_grad_(False)
+        self.encoder.eval().requires_grad_(False).to(device)
         self.text_len = text_len
         self.negative_prompt = negative_prompt
 
@@ -51,8 +57,8 @@ class WanTextEncoder:
         texts = [clean(caption or self.negative_prompt) for caption in captions]
         encoded = self.tokenizer(
             texts, padding="longest", max_length=self.text_len, truncation=True, return_tensors="pt"
-        )
-        hidden = self.encoder(encoded.input_ids, encoded.attention_mask).last_hidden_state
+        ).to(self.encoder.device)
+        hidden = self.encoder(encoded.input_ids, encoded.attention_mask).last_hidden_state.cpu()
         return [row[:length] for row, length in zip(hidden, encoded.attention_mask.sum(1).tolist(), strict=True)]
 
     def embed(self, captions: Sequence[str]) -> Tensor:

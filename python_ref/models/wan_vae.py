@@ -16,13 +16,14 @@ class WanVideoAutoencoder:
 
     Args:
         folder: of a pipeline of diffusers, with `vae/`, or of the autoencoder itself.
+        device: where it runs; it takes and returns tensors on the CPU.
 
     Raises:
         ImportError: without diffusers.
         FileNotFoundError: a folder without it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         found = [path for path in (Path(folder) / "vae", Path(folder)) if (path / "config.json").is_file()]
         if not found:
             raise FileNotFoundError(
@@ -31,6 +32,7 @@ class WanVideoAutoencoder:
         from diffusers import AutoencoderKLWan  # optional, and slow to import
 
         self.model = AutoencoderKLWan.from_pretrained(found[0], local_files_only=True).eval().requires_grad_(False)
+        self.model.to(device)
         config = self.model.config
         self._mean, self._std = (
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
@@ -54,11 +56,12 @@ class WanVideoAutoencoder:
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, F, 3, H, W] in -1..1 to latents float32 [B, F', C, H', W'], the mean of the posterior."""
         self.latent_shape(video.shape[1], *video.shape[-2:])
-        mode = self.model.encode(video.transpose(1, 2).to(self.model.dtype)).latent_dist.mode()
-        return ((mode.float() - self._mean) / self._std).transpose(1, 2)
+        mode = self.model.encode(video.transpose(1, 2).to(self.model.device, self.model.dtype)).latent_dist.mode()
+        return ((mode.float().cpu() - self._mean) / self._std).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, F', C, H', W'] to video float32 [B, F, 3, H, W] in -1..1."""
         scaled = latents.transpose(1, 2).float() * self._std + self._mean
-        return self.model.decode(scaled.to(self.model.dtype)).sample.float().clamp(-1, 1).transpose(1, 2)
+        decoded = self.model.decode(scaled.to(self.model.device, self.model.dtype)).sample
+        return decoded.float().cpu().clamp(-1, 1).transpose(1, 2)

@@ -151,7 +151,8 @@ def translate(published: Mapping[str, Any]) -> Translation:
     given |= {f"model_kwargs.{key}": value for key, value in (published.get("model_kwargs") or {}).items()}
     values = PUBLISHED_DEFAULTS | given
     _check_required(values)
-    result = Translation({"stage": "self_forcing", "precision": "bf16" if values.get("mixed_precision") else "fp32"})
+    precision = "bf16" if values.get("mixed_precision") else "fp32"
+    result = Translation({"stage": "self_forcing", "device": "cuda", "precision": precision})
     used = {*REQUIRED, *SAME, "mixed_precision"}
     result.settings |= {ours: values[theirs] for theirs, ours in SAME.items() if theirs in values}
     for rule in (_networks, _data, _rollout, _matching, _optimizers, _spread):

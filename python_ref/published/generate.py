@@ -19,6 +19,7 @@ from python_ref.generation import generate_causal
 from python_ref.models.captioned import CaptionedModel
 from python_ref.models.umt5 import WanTextEncoder
 from python_ref.models.wan_vae import WanVideoAutoencoder
+from python_ref.processes import process_device
 from python_ref.randomness import derived_generator
 from python_ref.video_output import write_mp4
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="outputs/generate")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parsed = parser.parse_args(arguments)
@@ -59,9 +61,13 @@ def generate(options: argparse.Namespace) -> list[Path]:
     for name in ("window_frames", "sink_frames"):
         if getattr(options, name) is not None:
             setattr(rollout, name, getattr(options, name))
-    text = WanTextEncoder(options.model, settings["model"]["text_len"])
-    vae = WanVideoAutoencoder(options.model)
-    network = CaptionedModel.load(options.checkpoint, True, options.backend, text.embed).frozen()
+    device = process_device(options.device)
+    text = WanTextEncoder(options.model, settings["model"]["text_len"], device=device)
+    vae = WanVideoAutoencoder(options.model, device)
+    network = CaptionedModel.load(
+        options.checkpoint, True, options.backend, lambda captions: text.embed(captions).to(device)
+    )
+    network.frozen().to(device)
     frames = options.num_frames or settings["num_frames"]
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
