@@ -3,7 +3,7 @@
 Fails on a compiler error or warning, and when an attention kernel spills registers or uses local memory: that would be
 device memory in the inner loop.
 
-python scripts/check_cuda_kernels.py [ARCHITECTURE ...]   (default: 80 90a)
+python scripts/check_cuda_kernels.py [ARCHITECTURE ...]   (default: 80 90a 100a 120a)
 """
 
 from __future__ import annotations
@@ -118,4 +118,4 @@ def main(architectures: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["80", "90a"])
+    main(sys.argv[1:] or ["80", "90a", "100a", "120a"])

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
     fetch.store(kv_tile, k_source, keys, params.head_dim);
     __syncthreads();
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
-    const float bias_log2 = keys.bias_log2();
+    const float bias_log2 = k_source.bias_log2(keys);
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks)
     fetch.store(v_tile, v_source, keys.rows, params.head_dim);
   }
 
-  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = keys.rows.bias_log2();
+  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = k_source.bias_log2(keys.rows);
   Accumulator<Tile::kKeys, kHeadDim> grad_k, grad_v;
   for (int32_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
     ColumnTiles<Tile::kQueries> query_tiles =

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_forward_kernel(co
     fetch.load(v_source, keys, params.head_dim);
     Scores<Tile::kQueries, Tile::kKeys> scores;
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
-    update_softmax(scores, keys.count, scale_log2, keys.bias_log2(), softmax, out);
+    update_softmax(scores, keys.count, scale_log2, k_source.bias_log2(keys), softmax, out);
     share(scores, probabilities);
     __syncthreads();  // the keys are used up
     fetch.store(kv_tile, v_source, keys, params.head_dim);

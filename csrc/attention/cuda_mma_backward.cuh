@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
         Fragments<1, kN> scores, grad;
         multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
         multiply_transposed(grad, grad_out_tile, first_row, key_tile(stage, true));  // of the probabilities
-        const float bias_log2 = keys.bias_log2();
+        const float bias_log2 = source(false).bias_log2(keys);
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
                           : ColumnTiles<Tile::kColumns>(params.query_spans, keys.block, params.num_queries);
   ColumnTiles<Tile::kColumns> query_tiles = tiles_of_a_head;
 
-  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = keys.rows.bias_log2();
+  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = k_source.bias_log2(keys.rows);
   const int first_row = warp() * kFragmentRows;
   Fragments<1, kHeadDim / kFragmentColumns> grad_k, grad_v;
   stream_tiles<Tile::kStages, QueryTile>(

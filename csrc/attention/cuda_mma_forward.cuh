@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
                                             Fragments<kM, Tile::kKeys / kFragmentColumns> scores;
                                             multiply_transposed(scores, q_tile, first_row, key_tile(stage, false));
                                             if (params.softmax_scale < 0.0f) negate(scores);
-                                            update_softmax(scores, keys.count, scale_log2, keys.bias_log2(), softmax,
-                                                           out);
+                                            update_softmax(scores, keys.count, scale_log2,
+                                                           source(false).bias_log2(keys), softmax, out);
                                             add_product(out, scores, key_tile(stage, true));
                                           });
 

@@ -69,10 +69,15 @@ struct KeySource {
     return params.past.format == PageFormat::int4 ? channel / kInt4Group * kHalf + channel % kHalf : channel;
   }
 
+  // Added to the scores of a tile, in units of log2.
+  __device__ __forceinline__ float bias_log2(const ColumnTile& tile) const {
+    return tile.in_past() ? span_of(tile).bias * kLog2E : 0.0f;
+  }
   // Of row `row` of a rotated tile.
   __device__ __forceinline__ TokenAngles angles(const ColumnTile& tile, int row) const {
     const RopeAxes& axes = params.past.rope_axes;
-    return TokenAngles(axes, params.past.rope_table, tile.token() + row, axes.size[0]);
+    const int32_t token = span_of(tile).token + (tile.start - span_of(tile).start) + row;
+    return TokenAngles(axes, params.past.rope_table, token, axes.size[0]);
   }
 
   // What the products take, of the vector that starts at `channel` of row `row` of a coded tile.
@@ -97,6 +102,10 @@ struct KeySource {
   }
 
  private:
+  __device__ __forceinline__ const PastSpan& span_of(const ColumnTile& tile) const {
+    return params.past.spans_of(stream, kv_head)[tile.span];
+  }
+
   __device__ __forceinline__ float scale_of(int32_t position, int channel) const {
     const PagedPast& past = params.past;
     const PagePlace place = place_in_pages(past.page_table + stream * past.table_stride, past.page_size, position);

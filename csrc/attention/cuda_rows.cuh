@@ -65,13 +65,9 @@ __device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32
 
 struct ColumnTile {
   int32_t start, count;
-  const PastSpan* span;  // of the past, that the tile is a part of; nullptr: not in the past
+  int32_t span;  // of the past, that the tile is a part of; negative: not in the past
 
-  __device__ __forceinline__ bool in_past() const { return span != nullptr; }
-  // Number of the first column's token: see PagedPast::rope_table.
-  __device__ __forceinline__ int32_t token() const { return span->token + (start - span->start); }
-  // Added to scores in units of log2.
-  __device__ __forceinline__ float bias_log2() const { return in_past() ? span->bias * kLog2E : 0.0f; }
+  __device__ __forceinline__ bool in_past() const { return span >= 0; }
 };
 
 template <int kColumns>
@@ -88,7 +84,7 @@ class ColumnTiles {
 
   __device__ __forceinline__ void prepend(const PagedPast& past, int32_t stream, int32_t kv_head) {
     if (past.k_pages == nullptr) return;
-    next_past_span_ = past.spans_of(stream, kv_head);
+    past_spans_ = past.spans_of(stream, kv_head);
     num_past_spans_ = past.num_spans;
   }
 
@@ -105,11 +101,11 @@ class ColumnTiles {
  private:
   __device__ __forceinline__ bool advance(ColumnTile& tile) {
     while (position_ >= end_) {
-      if (num_past_spans_ > 0) {
-        past_span_ = next_past_span_++, --num_past_spans_;
-        position_ = past_span_->start, end_ = past_span_->end;
+      if (past_span_ + 1 < num_past_spans_) {
+        ++past_span_;
+        position_ = past_spans_[past_span_].start, end_ = past_spans_[past_span_].end;
       } else if (num_spans_ > 0) {
-        past_span_ = nullptr;
+        past_span_ = -1, num_past_spans_ = 0;
         position_ = spans_[0], end_ = min(spans_[1], num_columns_);
         spans_ += 2, --num_spans_;
       } else {
@@ -121,9 +117,9 @@ class ColumnTiles {
     return true;
   }
 
-  const PastSpan *past_span_ = nullptr, *next_past_span_ = nullptr;
+  const PastSpan* past_spans_ = nullptr;
   const int32_t* spans_;
-  int32_t num_past_spans_ = 0;
+  int32_t past_span_ = -1, num_past_spans_ = 0;
   int32_t num_spans_;
   int32_t num_columns_;
   int32_t position_ = 0, end_ = 0;
@@ -151,16 +147,16 @@ __device__ __forceinline__ KeyTile find_key_tile(const AttentionBackwardParams& 
   if (blockIdx.x >= past_tiles) {
     const RowTile own =
         find_row_tile<kRows>(params.query_spans, params.num_keys, static_cast<int32_t>(blockIdx.x - past_tiles));
-    return {{own.start, own.count, nullptr}, own.block};
+    return {{own.start, own.count, -1}, own.block};
   }
   int32_t tile = static_cast<int32_t>(blockIdx.x);
-  const PastSpan* span = params.past.spans_of(stream, kv_head);
-  for (int32_t i = 0; i < params.past.num_spans; ++i, ++span) {
-    const int32_t length = max(span->end - span->start, 0), tiles = (length + kRows - 1) / kRows;
-    if (tile < tiles) return {{span->start + tile * kRows, min(kRows, length - tile * kRows), span}, 0};
+  const PastSpan* spans = params.past.spans_of(stream, kv_head);
+  for (int32_t i = 0; i < params.past.num_spans; ++i) {
+    const int32_t length = max(spans[i].end - spans[i].start, 0), tiles = (length + kRows - 1) / kRows;
+    if (tile < tiles) return {{spans[i].start + tile * kRows, min(kRows, length - tile * kRows), i}, 0};
     tile -= tiles;
   }
-  return {{0, 0, nullptr}, 0};
+  return {{0, 0, -1}, 0};
 }
 
 // ---- Memory
