@@ -120,7 +120,7 @@ def test_past_in_pages(case: PagedCase, dtype: torch.dtype):
     block, past = case.inputs(dtype)
     ours = gpu_leaves(block)
     table = full_table(case.num_queries, case.num_queries, DEVICE)
-    out, lse = attention_over_spans(*ours, table, tuple(on_device(tensor) for tensor in past))
+    out, lse = attention_over_spans(*ours, table, Past(*(on_device(tensor) for tensor in past[:4])))
     grad = torch.randn(out.shape, device=DEVICE).to(dtype)
     grads = torch.autograd.grad(out, ours, grad)
     for stream, tensors in enumerate(case.gathered(block, past)):
@@ -193,6 +193,71 @@ def test_rollout_matches_the_reference(case: RolloutCase, dtype: torch.dtype):
                 exact.write(layer, k.double(), v.double())
             ours.commit(num_frames)
             exact.commit(num_frames)
+
+
+CACHE_OPTIONS = {
+    "plain": {},
+    "on_read": {"rope": "on_read", "rope_grid": (2, 3)},
+    "biased": {"past_bias": (1.0, -0.5, 0.25)},
+    "int8": {"quantization": "int8"},
+    "fp8_e4m3": {"quantization": "fp8_e4m3"},
+    "int4": {"quantization": "int4"},
+    "all": {"quantization": "int4", "rope": "on_read", "rope_grid": (2, 3), "past_bias": (-1.0, 0.5, 0.0)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("options", CACHE_OPTIONS.values(), ids=CACHE_OPTIONS)
+def test_every_way_to_read_the_past(options: dict[str, object], head_dim: int, dtype: torch.dtype):
+    """Outputs of a rollout over a wrapped ring, and the gradients that flow through the cache to every block."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_layers": 1, "num_heads": 2, "head_dim": head_dim, "frame_seqlen": 6, "batch_size": 2}
+    arguments |= {"window_frames": 5, "sink_frames": 1, "page_size": 4, "grad_through_cache": True, **options}
+    if "quantization" in options:
+        arguments["key_offset"] = torch.randn(1, 2, head_dim, generator=generator)
+    ours = PagedKVCache(**arguments, dtype=dtype, device=DEVICE)
+    exact = ReferenceCache(**arguments, dtype=torch.float64)
+    all_ours, all_exact, outs, exact_outs, grads = [], [], [], [], []
+    for num_frames in (1, 2, 3, 2, 2):
+        block = tuple(
+            torch.randn(2, 6 * num_frames, heads, head_dim, generator=generator).to(dtype) for heads in (4, 2, 2)
+        )
+        mine, theirs = gpu_leaves(block), leaves(block, torch.float64)
+        outs.append(ours.attend(0, *mine))
+        exact_outs.append(exact.attend(0, *theirs))
+        for cache, (_, k, v) in ((ours, mine), (exact, theirs)):
+            cache.write(0, k, v)
+            cache.commit(num_frames)
+        all_ours += mine
+        all_exact += theirs
+        grads.append(torch.randn(block[0].shape, generator=generator).to(dtype))
+    for index, (out, wanted) in enumerate(zip(outs, exact_outs, strict=True)):
+        assert_close(out, wanted, TOLERANCE[dtype], f"block {index}")
+    found = torch.autograd.grad(outs, all_ours, [grad.to(DEVICE) for grad in grads])
+    wanted_grads = torch.autograd.grad(exact_outs, all_exact, [grad.double() for grad in grads])
+    for index, (grad, wanted) in enumerate(zip(found, wanted_grads, strict=True)):
+        assert_close(grad, wanted, 2 * TOLERANCE[dtype], f"block {index // 3}: grad_{'qkv'[index % 3]}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3", "int4"])
+def test_quantised_bits(format: str, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 18, 3, 96, generator=generator).to(dtype) for _ in range(2))
+    pages = []
+    for device in ("cpu", DEVICE):
+        cache = PagedKVCache(
+            1, 3, 96, 6, batch_size=2, max_frames=3, page_size=7, dtype=dtype, quantization=format, device=device
+        )
+        cache.write(0, k.to(device), v.to(device))
+        cache.commit(3)
+        places = [stream.places([(0, 3)]) for stream in cache.streams]
+        pages.append(
+            [tensor.cpu()[page.cpu(), offset.cpu()] for tensor in cache.pool.layers[0][:4] for page, offset in places]
+        )
+    for index, (cpu, cuda) in enumerate(zip(*pages, strict=True)):
+        assert torch.equal(cpu.view(torch.uint8), cuda.view(torch.uint8)), index
 
 
 def test_a_captured_graph_replays_with_new_positions():
