@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "self_forcing",
         ["self_forcing.stream_steps=3", "self_forcing.stream_frames=3", "rollout.window_frames=6"],
     ),
+    "lora": ("self_forcing", ["self_forcing.lora_rank=2"]),
     "consistency": ("consistency", ["consistency.guidance_scale=2", "consistency.solver_steps=2"]),
 }
 # "<strategy>": in two processes. "one to <strategy>": resumed from half of the run of one process; and the other way
@@ -49,6 +50,7 @@ RUNS = {
     "one pass": ["fsdp"],
     "gan": ["fsdp", "context"],
     "stream": ["ddp", "one to ddp", "ddp to one"],
+    "lora": ["fsdp", "fsdp to one"],
     "consistency": ["fsdp"],
 }
 
@@ -90,7 +92,7 @@ class Runs:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         worker = [str(ROOT / "tests" / "torchrun_trainings.py"), str(file)]
-        return subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=600)
 
     def weights(self, case: str, name: str) -> dict[str, torch.Tensor]:
         return read_tensors(self.folder / case / name / f"{CASES[case][0]}.safetensors")

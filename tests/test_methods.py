@@ -292,9 +292,9 @@ def test_the_method_is_kept_with_the_weights(runs):
         ("stream", "self_forcing.videos=self_gradient", "accepted with stream_steps: 'rollout'"),
         ("stream", "self_forcing.stream_frames=4", "stream_frames is 4"),
         (
-            "lora",
-            "distributed.strategy=fsdp",
-            "self_forcing.lora_rank is 2; accepted with distributed.strategy = 'fsdp'",
+            "stream",
+            "distributed.context_parallel=2",
+            "distributed.context_parallel is 2; accepted with stream_steps: 1",
         ),
         ("self gradient", "rollout.quantization=int8", "rollout.quantization is 'int8'; accepted with videos = 'self"),
         ("stream", "rollout.window_frames=null", "rollout.window_frames is None; accepted with stream_steps: a window"),

@@ -50,11 +50,6 @@ class SelfForcingStage:
         self.optimizers = {"model": self.learner.optimizer, "critic": self.critic_learner.optimizer}
 
     def _adapt(self) -> None:
-        if self.config.distributed.strategy == "fsdp":
-            raise ValueError(
-                f"self_forcing.lora_rank is {self.settings.lora_rank}; accepted with distributed.strategy = 'fsdp': "
-                "0, as adapters are merged into whole weights"
-            )
         torch.manual_seed(self.config.seed)  # initial weights of the adapters
         add_lora(self.network.model, self.settings.lora_rank, self.settings.lora_alpha)
 
