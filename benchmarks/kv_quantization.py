@@ -1,9 +1,9 @@
 """What quantised caches cost: error of attention, drift of a rollout, and time of a write.
 
-    python benchmarks/kv_quantization.py --checkpoint outputs/demo/self_forcing.safetensors
+    python benchmarks/kv_quantization.py [--checkpoint outputs/demo/self_forcing.safetensors]
         [--num-videos N] [--num-frames F] [--backend ext|reference] [--precision fp32|bf16] [--threads N]
 
-Without a checkpoint only writes are timed. Prints Markdown tables.
+Prints Markdown tables. Without a checkpoint the model is the teacher that ships, which cannot roll out: no drift.
 
 "Error of attention": the model's queries, keys and values on real held-out videos, recorded in a clean pass; the last
 block attends to a quantised past and to its own keys as they are. Errors are ||actual - exact|| / ||exact|| in float64,
@@ -42,11 +42,13 @@ from python_ref.data.prompts import evaluation_prompts
 from python_ref.evaluate import generate_set, load_for_generation
 from python_ref.measures.report import Judge
 from python_ref.models.captioned import CaptionedModel
+from python_ref.models.wan import CausalWanModel
 from python_ref.ops.quantization import INT4_GROUP, LARGEST, STORAGE, dequantise, quantise
 from python_ref.ops.rope import rope_3d
 from selfforcing_ext.library import ops
 from selfforcing_ext.mask import BlockCausalMask
 
+TEACHER = Path(__file__).parents[1] / "assets" / "teacher.safetensors"
 FORMATS = list(LARGEST)
 Layer = tuple[Tensor, Tensor, Tensor]  # q, k, v [B, L, H, D]
 
@@ -78,11 +80,14 @@ def record(network: CaptionedModel, video: Tensor, captions: list[str], frames_p
 
         return (*others, recording)
 
-    model = network.model
+    model, context = network.model, network.contexts(captions)[0]
     hooks = [block.register_forward_pre_hook(listen) for block in model.blocks]
-    _, rows, columns = model.config.grid(video.shape)
-    mask = BlockCausalMask(video.shape[1], rows * columns, frames_per_block)
-    model(video, video.new_zeros(video.shape[:2]), network.contexts(captions)[0], mask=mask)
+    if isinstance(model, CausalWanModel):
+        _, rows, columns = model.config.grid(video.shape)
+        mask = BlockCausalMask(video.shape[1], rows * columns, frames_per_block)
+        model(video, video.new_zeros(video.shape[:2]), context, mask=mask)
+    else:
+        model(video, video.new_zeros(video.shape[0]), context)
     for hook in hooks:
         hook.remove()
     return layers
@@ -306,23 +311,23 @@ def digits_of(network: CaptionedModel, **changes: Any) -> MovingDigitsConfig:
 
 def study(options: argparse.Namespace) -> None:
     network, rollout = load_for_generation(options.checkpoint, options.backend)
-    if rollout is None:
-        raise ValueError(f"{options.checkpoint} is a bidirectional model, but a causal one is needed")
+    frames_per_block = (rollout or RolloutConfig()).frames_per_block
     recorded = {}
     for split in ("train", "held_out"):
         digits = digits_of(network, split=split, omit_motion_probability=0.0)
         batch = MovingDigits(digits).batch(0, options.num_videos)
-        recorded[split] = record(network, batch.video, batch.captions, rollout.frames_per_block)
+        recorded[split] = record(network, batch.video, batch.captions, frames_per_block)
     grid = network.model.config.grid(batch.video.shape)
     offsets = mean_keys(recorded["train"], grid)
-    attention_table(recorded["held_out"], grid, rollout.frames_per_block, offsets)
+    attention_table(recorded["held_out"], grid, frames_per_block, offsets)
     settings = EvaluationConfig(options.num_videos, options.num_frames)
-    drift_table(network, rollout, settings, options.precision, offsets)
+    if rollout is not None:
+        drift_table(network, rollout, settings, options.precision, offsets)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="weights of a causal model, such as those that `make demo` writes")
+    parser.add_argument("--checkpoint", default=str(TEACHER), help="weights of a causal model or of a teacher")
     parser.add_argument("--num-videos", type=int, default=EvaluationConfig.num_videos)
     parser.add_argument("--num-frames", type=int, default=EvaluationConfig.num_frames)
     parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
@@ -331,8 +336,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.checkpoint:
-        study(options)
+    study(options)
     write_table(options.seconds)
 
 
