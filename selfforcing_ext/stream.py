@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -275,7 +275,7 @@ def load_stream(pool: PagePool, path: str | os.PathLike[str]) -> Stream:
                     raise ValueError(
                         f"path is {path}, a stream with {name} {description[name]}, but the pool has {value}"
                     )
-            frames = Frames(**description["frames"])
+            frames = _frames_of(description["frames"])
             geometry = frames.window_frames, frames.sink_frames, description["max_frames"], frames.rollback_frames
             stream = Stream(pool, description["frame_seqlen"], *geometry)
             stream.frames = frames
@@ -293,6 +293,18 @@ def load_stream(pool: PagePool, path: str | os.PathLike[str]) -> Stream:
     except SafetensorError as error:
         raise ValueError(f"path is {path}, which is not a whole safetensors file: {error}") from error
     return stream
+
+
+def _frames_of(saved: dict[str, Any]) -> Frames:
+    """The inverse of asdict, after JSON, which has lists for tuples."""
+    held, selected = saved.pop("held"), saved.pop("selected")
+    if selected is not None:
+        selected = [_intervals(frames) for frames in selected]
+    return Frames(held=_intervals(held), selected=selected, **saved)
+
+
+def _intervals(pairs: Sequence[Sequence[int]]) -> list[Interval]:
+    return [(start, end) for start, end in pairs]
 
 
 def _named_tensors(pool: PagePool) -> Iterator[tuple[int, str, Tensor]]:
