@@ -562,7 +562,8 @@ class PagedKVCache:
                 kept = intervals.merge([*after.held, (frames.num_frames, frames.num_frames + sum(lengths))])
                 start = frames.num_frames + before
                 steps[frames] = intervals.scale(kept, size), (start * size, (start + num_frames) * size), after
-        self._view = None  # it would keep pages from the block
+        for batch in {batch for stream in self.streams for batch in stream._batches}:
+            batch._view = None  # it would keep pages from the block
         self.pool.advance([(s._number, *steps[s.frames][:2], again) for s in self.streams], may_grow)
         self._read_blocks.discard(block)
         for stream in self.streams:
