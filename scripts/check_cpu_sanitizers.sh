@@ -35,5 +35,5 @@ cp -r selfforcing_ext/*.py selfforcing_ext/integrations "$package/selfforcing_ex
 cd "$package"
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider -k "not every_instruction_set and not opcheck" \
-  tests/test_attention.py tests/test_fuzz_attention.py tests/test_kv_cache.py tests/test_rope.py tests/test_denoise.py \
-  tests/test_modulate.py
+  tests/test_attention.py tests/test_attention_past.py tests/test_fuzz_attention.py tests/test_kv_cache.py \
+  tests/test_rope.py tests/test_denoise.py tests/test_modulate.py
