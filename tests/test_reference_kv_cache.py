@@ -371,14 +371,14 @@ def test_a_full_pool_changes_nothing():
     streams = [pool.open_stream(frame_seqlen=FRAME) for _ in range(2)]
     fill(PagedKVCache.of_streams(streams[:1]), frames_of(past, 0, 2))
     both = PagedKVCache.of_streams(streams)
-    with pytest.raises(RuntimeError, match="the block needs 2 pages, but 1 are free of the 3 in the pool"):
+    with pytest.raises(RuntimeError, match="2 pages are needed, but 1 are free of the 3 in the pool"):
         both.write(0, *draw(1, batch=2)[1:])
     assert pool.stats().used == 2
     append(PagedKVCache.of_streams(streams[:1]), frames_of(past, 2, 3))
     newest = draw(1, seed=1)
     expected = after(newest, past, [0, 1, 2])
     assert_close(PagedKVCache.of_streams(streams[:1]).attend(0, *newest), expected, EXACT)
-    with pytest.raises(RuntimeError, match="the block needs 1 pages, but 0 are free of the 3"):
+    with pytest.raises(RuntimeError, match="1 pages are needed, but 0 are free of the 3"):
         PagedKVCache.of_streams(streams[1:]).write(0, *newest[1:])
 
 
@@ -415,7 +415,7 @@ def test_save_and_load(tmp_path):
                 one.rollback(1)
     with pytest.raises(ValueError, match="has a stream of head_dim 32, but the pool has 64"):
         PagePool(9, 4, 1, KV_HEADS, 64, dtype=torch.float64).load_stream(path)
-    with pytest.raises(RuntimeError, match="the block needs 6 pages, but 5 are free of the 5"):
+    with pytest.raises(RuntimeError, match="6 pages are needed, but 5 are free of the 5"):
         pool_of(5).load_stream(path)
 
 

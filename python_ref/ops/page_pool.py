@@ -158,7 +158,7 @@ class PagePool:
             needed = len(wanted - before)
             free = self.num_pages - len(wanted & before)
             raise RuntimeError(
-                f"the block needs {needed} pages, but {free} are free of the {self.num_pages} in the pool: close or "
+                f"{needed} pages are needed, but {free} are free of the {self.num_pages} in the pool: close or "
                 "shorten streams, or make the pool larger"
             )
         self.num_pages = len(wanted)
