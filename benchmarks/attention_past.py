@@ -40,9 +40,9 @@ class Size:
 
 
 SIZES = {
-    # A block of three frames on eighteen of Wan2.1 1.3B at 480x832 (arXiv 2503.20314), a few queries on all of a window
-    # of 21 frames, and a block of configs/demo.yaml
-    "wan": Size(1, 4680, 28080, 12, 128, (30, 52)),
+    # One head of a block of three frames on eighteen of Wan2.1 1.3B at 480x832 (arXiv 2503.20314), a few queries of all
+    # heads on a window of 21 frames, and a block of configs/demo.yaml
+    "wan": Size(1, 4680, 28080, 1, 128, (30, 52)),
     "few queries": Size(1, 64, 32760, 12, 128, (30, 52)),
     "demo": Size(16, 48, 144, 3, 32, (4, 4)),
 }
