@@ -222,7 +222,9 @@ class Generator(nn.Module):
     def make_cache(self, shape: torch.Size, max_frames: int, window_frames: int | None, sink_frames: int):
         assert [window_frames or -1, sink_frames] == [self.model.local_attn_size, self.model.sink_size]
         layers = make_cache(self.model, self.form, shape[0], self.frame_seqlen, self.dict_frames or max_frames)
-        return SimpleNamespace(layers=layers, num_frames=0, view=lambda: SimpleNamespace(position=None))
+        return SimpleNamespace(
+            layers=layers, num_frames=0, rope="on_write", view=lambda: SimpleNamespace(position=None)
+        )
 
     def encode_context(self, context: Tensor) -> Tensor:
         return context

@@ -179,7 +179,7 @@ class SelfForcingTrainingPipeline:
 
     def make_cache(self, latents: Sequence[int], max_frames: int | None) -> Any:
         """An empty cache for videos of shape [B, F, C, H, W] of up to ``max_frames`` frames."""
-        options = self.cache_options | {"grad_through_cache": self.cache_gradient != "constant"}
+        options = self.cache_options | ({} if self.cache_gradient == "constant" else {"grad_through_cache": True})
         return self.generator.make_cache(latents, max_frames, self.window_frames, self.sink_frames, **options)
 
     def _draw_exit_steps(self, num_blocks: int, source: NoiseSource, device: torch.device) -> tuple[int, ...]:
