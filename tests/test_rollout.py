@@ -37,6 +37,8 @@ GEOMETRIES = {
 class EverythingKept:
     """Stands in for a cache: every frame's keys and values of every layer, for ever, in a Python list."""
 
+    rope = "on_write"
+
     def __init__(self, window_frames, sink_frames):
         self.window_frames, self.sink_frames = window_frames, sink_frames
         self.frames = [[] for _ in range(CONFIG.num_layers)]
