@@ -92,7 +92,9 @@ class Frames:
 
     def selecting(self, selected: Sequence[Sequence[Interval]] | None, forget: bool) -> Frames:
         """With another choice of what is seen."""
-        if not forget or selected is None:
+        if selected is None:
+            return replace(self, selected=None, selected_at=0)
+        if not forget:
             return replace(self, selected=selected, selected_at=self.num_frames)
         held = intervals.merge(interval for frames in selected for interval in frames)
         return replace(self, selected=selected, selected_at=self.num_frames, held=held, forgot=True)

@@ -86,6 +86,9 @@ def test_a_block_that_is_too_short_for_what_is_kept_is_refused():
     append(cache, 3)
     append(cache, 3)
     stream.rollback(3)
+    stream.select_frames([2])
+    cache.attend(0, *draw(2))
+    stream.select_frames(None)
     cache.attend(0, *draw(3))
     for call in (lambda: cache.attend(0, *draw(2)), lambda: cache.write(0, *draw(2)[1:])):
         with pytest.raises(ValueError, match="evicted"):
