@@ -70,7 +70,7 @@ class Fetch {
 #pragma unroll 1
     for (int i = 0; i < kVectors; ++i)
       if (row_of(i) < keys.count && column_of(i) < head_dim)
-        *vector(tile, i) = source.decode(*vector(tile, i), keys, row_of(i), column_of(i));
+        *vector(tile, i) = source.decode(*vector(tile, i), keys, source.stored_row(keys, row_of(i)), column_of(i));
   }
 
  private:

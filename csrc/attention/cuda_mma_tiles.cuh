@@ -50,15 +50,20 @@ class SharedTile {
   // Asks for `count` rows from `start` on; the others, and columns from head_dim on, become zero.
   __device__ __forceinline__ void copy(const Rows<const T>& rows, int32_t start, int32_t count,
                                        int32_t head_dim) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const T* source = row < count ? rows.at(start + row) : rows.data;
 #pragma unroll 4
-    for (int i = 0; i < kChunksOfThread; ++i) {
-      const int row = row_of(i), chunk = chunk_of(i);
-      const bool exists = row < count && chunk * kChunk < head_dim;
-      const T* source = exists ? rows.at(start + row) + chunk * kChunk : rows.data;
-      if (rows.aligned)
-        ptx::copy_async(address_ + offset(row, chunk), source, exists ? 16 : 0);
-      else
-        *reinterpret_cast<uint4*>(at(row, chunk)) = exists ? ptx::load_vector(source, false) : uint4{0, 0, 0, 0};
+      for (int i = 0; i < kChunksOfThread; ++i) {
+        const int chunk = chunk_of(i);
+        const bool exists = row < count && chunk * kChunk < head_dim;
+        if (rows.aligned)
+          ptx::copy_async(address_ + offset(row, chunk), source + chunk * kChunk, exists ? 16 : 0);
+        else
+          *reinterpret_cast<uint4*>(at(row, chunk)) =
+              exists ? ptx::load_vector(source + chunk * kChunk, false) : uint4{0, 0, 0, 0};
+      }
     }
   }
 
@@ -74,11 +79,17 @@ class SharedTile {
   __device__ __forceinline__ void decode(const KeySource<T>& source, const ColumnTile& tile, int32_t head_dim) const {
     if (!source.coded(tile)) return;
 #pragma unroll 1
-    for (int i = 0; i < kChunksOfThread; ++i) {
-      const int row = row_of(i), chunk = chunk_of(i);
-      uint4& bits = *reinterpret_cast<uint4*>(at(row, chunk));
-      const bool exists = row < tile.count && chunk * kChunk < head_dim;
-      bits = exists ? source.decode(bits, tile, row, chunk * kChunk) : uint4{0, 0, 0, 0};
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const bool row_exists = row < tile.count;
+      const StoredRow stored = row_exists ? source.stored_row(tile, row) : StoredRow{};
+#pragma unroll 2
+      for (int i = 0; i < kChunksOfThread; ++i) {
+        const int chunk = chunk_of(i);
+        uint4& bits = *reinterpret_cast<uint4*>(at(row, chunk));
+        const bool exists = row_exists && chunk * kChunk < head_dim;
+        bits = exists ? source.decode(bits, tile, stored, chunk * kChunk) : uint4{0, 0, 0, 0};
+      }
     }
   }
 
@@ -97,29 +108,36 @@ class SharedTile {
   }
 
  private:
-  static constexpr int kChunksOfThread = kRows * kChunks / kMmaThreads;
-  static_assert(kChunksOfThread * kMmaThreads == kRows * kChunks, "a tile is a whole number of chunks per thread");
+  // Four threads move a row together, each every fourth chunk: where a row is has to be found once for all of them.
+  static constexpr int kRowThreads = 4, kRowsAtOnce = kMmaThreads / kRowThreads;
+  static constexpr int kPasses = kRows / kRowsAtOnce, kChunksOfThread = kChunks / kRowThreads;
+  static_assert(kPasses * kRowsAtOnce == kRows);
 
-  __device__ __forceinline__ static int row_of(int i) {
-    return (static_cast<int>(threadIdx.x) + i * kMmaThreads) / kChunks;
+  __device__ __forceinline__ static int row_of(int pass) {
+    return static_cast<int>(threadIdx.x) / kRowThreads + pass * kRowsAtOnce;
   }
   __device__ __forceinline__ static int chunk_of(int i) {
-    return (static_cast<int>(threadIdx.x) + i * kMmaThreads) % kChunks;
+    return static_cast<int>(threadIdx.x) % kRowThreads + i * kRowThreads;
   }
 
   // Quantised rows: a chunk's kChunk bytes at its start.
   __device__ __forceinline__ void copy_bytes(const KeySource<T>& source, const ColumnTile& tile,
                                              int32_t head_dim) const {
     const Rows<const uint8_t> rows = source.bytes();
-#pragma unroll 4
-    for (int i = 0; i < kChunksOfThread; ++i) {
-      const int row = row_of(i), chunk = chunk_of(i);
-      const bool exists = row < tile.count && chunk * kChunk < head_dim;
-      const uint8_t* bytes = exists ? rows.at(tile.start + row) + source.byte_of(chunk * kChunk) : rows.data;
-      if (rows.aligned)
-        ptx::copy_async_8(address_ + offset(row, chunk), bytes, exists ? kChunk : 0);
-      else if (exists)
-        memcpy(at(row, chunk), bytes, kChunk);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const uint8_t* bytes = row < tile.count ? rows.at(tile.start + row) : rows.data;
+#pragma unroll 1
+      for (int i = 0; i < kChunksOfThread; ++i) {
+        const int chunk = chunk_of(i);
+        const bool exists = row < tile.count && chunk * kChunk < head_dim;
+        const uint8_t* from = bytes + source.byte_of(chunk * kChunk);
+        if (rows.aligned)
+          ptx::copy_async_8(address_ + offset(row, chunk), from, exists ? kChunk : 0);
+        else if (exists)
+          memcpy(at(row, chunk), from, kChunk);
+      }
     }
   }
 

@@ -37,6 +37,12 @@ __device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bo
   }
 }
 
+// What decoding needs to know of a row.
+struct StoredRow {
+  const uint16_t* scales = nullptr;  // of quantised rows
+  TokenAngles angles;                // of rotated ones
+};
+
 // The keys, or the values, of one head of one stream.
 template <typename T>
 struct KeySource {
@@ -79,25 +85,38 @@ struct KeySource {
     const int32_t token = span_of(tile).token + (tile.start - span_of(tile).start) + row;
     return TokenAngles(axes, params.past.rope_table, token, axes.size[0]);
   }
+  // Of row `row` of a coded tile.
+  __device__ __forceinline__ StoredRow stored_row(const ColumnTile& tile, int row) const {
+    StoredRow stored;
+    if (quantised(tile)) stored.scales = scales_of(tile.start + row);
+    if (rotated(tile)) stored.angles = angles(tile, row);
+    return stored;
+  }
 
-  // What the products take, of the vector that starts at `channel` of row `row` of a coded tile.
-  __device__ __forceinline__ uint4 decode(uint4 stored, const ColumnTile& tile, int row, int channel) const {
+  // What the products take, of the vector that starts at `channel` of a row of a coded tile.
+  __device__ __forceinline__ uint4 decode(uint4 bits, const ColumnTile& tile, const StoredRow& row, int channel) const {
     float x[kWidth];
     if (quantised(tile)) {
       unsigned words[4];
-      memcpy(words, &stored, sizeof(words));
+      memcpy(words, &bits, sizeof(words));
       const bool high = channel % kInt4Group >= kInt4Group / 2;
 #pragma unroll
       for (int i = 0; i < kWidth / 4; ++i) decode_word(params.past.format, words[i], high, x + 4 * i);
-      const float scale = scale_of(tile.start + row, channel);
-      const bool shifted = !values && params.past.k_offset != nullptr;
-      const int64_t first = static_cast<int64_t>(kv_head) * params.head_dim + channel;
+      const int group = params.past.format == PageFormat::int4 ? channel / kInt4Group : 0;
+      const unsigned scale_bits = static_cast<unsigned>(__ldg(row.scales + group)) << 16;
+      float scale;
+      memcpy(&scale, &scale_bits, sizeof(scale));
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = fmaf(x[i], scale, shifted ? params.past.k_offset[first + i] : 0.0f);
+      for (int i = 0; i < kWidth; ++i) x[i] *= scale;  // exact
+      if (!values && params.past.k_offset != nullptr) {
+        const float* offset = params.past.k_offset + static_cast<int64_t>(kv_head) * params.head_dim + channel;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) x[i] += __ldg(offset + i);
+      }
     } else {
-      ptx::unpack<T>(stored, x);
+      ptx::unpack<T>(bits, x);
     }
-    if (rotated(tile)) angles(tile, row).rotate(x, channel);
+    if (rotated(tile)) row.angles.rotate(x, channel);
     return ptx::pack<T>(x);
   }
 
@@ -106,16 +125,12 @@ struct KeySource {
     return params.past.spans_of(stream, kv_head)[tile.span];
   }
 
-  __device__ __forceinline__ float scale_of(int32_t position, int channel) const {
+  __device__ __forceinline__ const uint16_t* scales_of(int32_t position) const {
     const PagedPast& past = params.past;
     const PagePlace place = place_in_pages(past.page_table + stream * past.table_stride, past.page_size, position);
-    const bool grouped = past.format == PageFormat::int4;
     const int64_t row = (place.page * past.page_size + place.offset) * params.num_kv_heads + kv_head;
-    const int64_t index = grouped ? row * (params.head_dim / kInt4Group) + channel / kInt4Group : row;
-    const unsigned bits = static_cast<unsigned>((values ? past.v_scales : past.k_scales)[index]) << 16;
-    float scale;
-    memcpy(&scale, &bits, sizeof(scale));
-    return scale;
+    const int groups = past.format == PageFormat::int4 ? params.head_dim / kInt4Group : 1;
+    return (values ? past.v_scales : past.k_scales) + row * groups;
   }
 };
 

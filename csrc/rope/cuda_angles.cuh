@@ -9,6 +9,8 @@ namespace selfforcing {
 // number in the head.
 class TokenAngles {
  public:
+  TokenAngles() = default;
+
   // The table has rows for `table_frames` frames, of which those of the token's grid start at `first_frame`.
   __device__ __forceinline__ TokenAngles(const RopeAxes& axes, const float* table, int32_t token, int32_t table_frames,
                                          int32_t first_frame = 0)
@@ -32,7 +34,7 @@ class TokenAngles {
 #pragma unroll
     for (int i = 0; i < kWidth; i += 2) {
       const int32_t pair = (d + i) / 2;
-      const float2 turn = (pair < frame_pairs_ ? frame_ : pair < row_pairs_end_ ? row_ : column_)[pair];
+      const float2 turn = __ldg((pair < frame_pairs_ ? frame_ : pair < row_pairs_end_ ? row_ : column_) + pair);
       const float sine = back ? -turn.y : turn.y;
       const float real = values[i], imaginary = values[i + 1];
       values[i] = real * turn.x - imaginary * sine;
@@ -41,8 +43,8 @@ class TokenAngles {
   }
 
  private:
-  int32_t frame_pairs_, row_pairs_end_;
-  const float2 *frame_, *row_, *column_;
+  int32_t frame_pairs_ = 0, row_pairs_end_ = 0;
+  const float2 *frame_ = nullptr, *row_ = nullptr, *column_ = nullptr;
 };
 
 }  // namespace selfforcing

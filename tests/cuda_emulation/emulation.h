@@ -155,6 +155,13 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, EmulationSite where = Em
   return votes;
 }
 
+// ---- Memory
+
+template <typename T>
+T __ldg(const T* address) {  // no thread writes what this one reads
+  return *address;
+}
+
 // ---- Arithmetic
 
 using std::max;
