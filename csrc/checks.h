@@ -16,6 +16,10 @@
 #include "geometry/parallel.h"
 #include "geometry/tensor.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it by its older name alone
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace selfforcing {
 
 using torch::headeronly::ScalarType;

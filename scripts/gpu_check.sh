@@ -3,7 +3,8 @@
 # GPU alone, runs the GPU tests, compute-sanitizer on small shapes and short benchmarks, and writes
 # benchmarks/results/<device>-<commit>.json and .md. Parts after a failed one still run; the last line counts them.
 #
-#   scripts/gpu_check.sh             PYTHON names the interpreter (default python3), MAX_JOBS the compilers at work
+#   scripts/gpu_check.sh             PYTHON names the interpreter (default python3), MAX_JOBS the compilers at work,
+#                                    TEST_JOBS the tests at a time, COMMIT the commit where there is no git
 #   scripts/gpu_check.sh --dry-run   prints the commands of each part and runs none
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,7 +38,7 @@ major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')}
 fi
 export TORCH_CUDA_ARCH_LIST=$architecture SELFFORCING_CUDA=1 PYTHONPATH=$PWD
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 results=benchmarks/results/$device-$commit
 work=build/gpu-check
 mkdir -p "$work"
@@ -73,7 +74,7 @@ part instructions bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./
 part build "$python" setup.py -q build_ext --inplace
 part "registration" "$python" scripts/check_registration.py .
 part "self-test" "$python" -m selfforcing_ext.info
-part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider
+part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider -n "${TEST_JOBS:-4}"
 sanitizer=$CUDA_HOME/bin/compute-sanitizer
 [ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer || true)
 if [ -n "$sanitizer" ] || $dry_run; then

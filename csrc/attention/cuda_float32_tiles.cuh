@@ -115,17 +115,19 @@ struct Scores {
   float at[kM][kN];
 };
 
-// scores = a b^T over the first `depth` columns of both tiles.
+// scores = a b^T over the first `depth` columns of both tiles. Even and odd columns are summed apart: the rounding of a
+// running sum grows with its length.
 template <int kHeadDim, int kRows, int kColumns>
 __device__ __forceinline__ void multiply(Scores<kRows, kColumns>& scores, const float* a, const float* b, int depth) {
   constexpr int kM = Scores<kRows, kColumns>::kM, kN = Scores<kRows, kColumns>::kN;
   constexpr int kStep = kRowThreads * row_stride(kHeadDim);
   const float* a_row = a + thread_y() * row_stride(kHeadDim);
   const float* b_row = b + thread_x() * row_stride(kHeadDim);
+  float odd[kM][kN];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
-    for (int j = 0; j < kN; ++j) scores.at[i][j] = 0.0f;
+    for (int j = 0; j < kN; ++j) scores.at[i][j] = odd[i][j] = 0.0f;
 #pragma unroll 2
   for (int d = 0; d < depth; d += 4) {
     float4 left[kM], right[kN];
@@ -138,11 +140,15 @@ __device__ __forceinline__ void multiply(Scores<kRows, kColumns>& scores, const 
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         scores.at[i][j] = fmaf(left[i].x, right[j].x, scores.at[i][j]);
-        scores.at[i][j] = fmaf(left[i].y, right[j].y, scores.at[i][j]);
+        odd[i][j] = fmaf(left[i].y, right[j].y, odd[i][j]);
         scores.at[i][j] = fmaf(left[i].z, right[j].z, scores.at[i][j]);
-        scores.at[i][j] = fmaf(left[i].w, right[j].w, scores.at[i][j]);
+        odd[i][j] = fmaf(left[i].w, right[j].w, odd[i][j]);
       }
   }
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) scores.at[i][j] += odd[i][j];
 }
 
 // Writes a thread's scores where the other threads of its rows read them: see Accumulator::add.
@@ -161,11 +167,13 @@ __device__ __forceinline__ void share(const Scores<kRows, kColumns>& scores, flo
 template <int kRows, int kHeadDim>
 class Accumulator {
  public:
-  // += weights[kRows, kColumns] rows[kColumns, kHeadDim]; weights beyond `count` columns are zero and are skipped.
+  // += weights[kRows, kColumns] rows[kColumns, kHeadDim]; weights beyond `count` columns are zero and are skipped. A
+  // tile is summed from zero and then added: the rounding of one running sum over all tiles would grow with its length.
   template <int kColumns>
   __device__ __forceinline__ void add(const float* weights, const float* rows, int count) {
     const float* weight_row = weights + thread_y() * row_stride(kColumns);
     const float* column = rows + thread_x() * kWide;
+    float tile[kM][kChunks][kWide] = {};
     for (int k = 0; k < count; k += 4) {
       float weight[kM][4];
 #pragma unroll
@@ -181,13 +189,19 @@ class Accumulator {
               *reinterpret_cast<const float4*>(column + (k + e) * row_stride(kHeadDim) + c * kWide * kRowThreads);
 #pragma unroll
           for (int i = 0; i < kM; ++i) {
-            sum_[i][c][0] = fmaf(weight[i][e], value.x, sum_[i][c][0]);
-            sum_[i][c][1] = fmaf(weight[i][e], value.y, sum_[i][c][1]);
-            sum_[i][c][2] = fmaf(weight[i][e], value.z, sum_[i][c][2]);
-            sum_[i][c][3] = fmaf(weight[i][e], value.w, sum_[i][c][3]);
+            tile[i][c][0] = fmaf(weight[i][e], value.x, tile[i][c][0]);
+            tile[i][c][1] = fmaf(weight[i][e], value.y, tile[i][c][1]);
+            tile[i][c][2] = fmaf(weight[i][e], value.z, tile[i][c][2]);
+            tile[i][c][3] = fmaf(weight[i][e], value.w, tile[i][c][3]);
           }
         }
     }
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < kWide; ++e) sum_[i][c][e] += tile[i][c][e];
   }
 
   // Multiplies the i-th of the thread's rows.
