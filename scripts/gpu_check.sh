@@ -74,14 +74,17 @@ part instructions bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./
 part build "$python" setup.py -q build_ext --inplace
 part "registration" "$python" scripts/check_registration.py .
 part "self-test" "$python" -m selfforcing_ext.info
-part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider -n "${TEST_JOBS:-4}"
+# The tests of ops, which need no more than torch.
+part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider -n "${TEST_JOBS:-4}" \
+  tests/test_{cuda,rope,denoise,modulate,kv_cache_write}.py
 sanitizer=$CUDA_HOME/bin/compute-sanitizer
 [ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer || true)
 if [ -n "$sanitizer" ] || $dry_run; then
   for tool in memcheck racecheck; do
-    # A few small cases: the tools slow kernels down a hundredfold. torch's caching allocator would hide overruns.
+    # A few small cases of our own kernels: the tools slow them down a hundredfold, and find hazards in those of libraries
+    # that the tests compare with. torch's caching allocator would hide overruns.
     part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --tool "$tool" \
-      --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/test_cuda.py \
+      --kernel-regex kns=selfforcing --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/test_cuda.py \
       -k "rows_without_keys or (past_in_pages and page7) or (any_shape_and_layout and 7x13by2 and (d8 or d72 or d256))"
   done
 else
