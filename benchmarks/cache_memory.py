@@ -1,13 +1,17 @@
-"""Peak memory of a self-forcing training step: the paged cache against a contiguous one under autograd.
+"""Peak memory: of a self-forcing training step against a contiguous cache under autograd, and of quantised caches.
 
     python benchmarks/cache_memory.py [--frames N ...] [--window N] [--cache-gradient constant|full ...]
         [--keep-activations]
+    python benchmarks/cache_memory.py --quantised
 
 A step is a rollout in blocks of one frame, a loss on the video and its backward, on a Wan-style model. The peer keeps
 one tensor per layer, writes each block into it in place and attends to what is visible. Autograd must not see such a
 tensor change, nor must a layer that is computed again in backward; so a block that is recorded gets a copy of the
 visible part, and the copies of all blocks live until backward. With gradient through the cache the writes are recorded
 too. Layers are checkpointed, as large models need it, or keep their activations.
+
+"--quantised": a cache of a window of 21 frames of 1,560 tokens, 12 heads of 128 and one layer is filled, and a block of
+one frame attends to it, in bfloat16.
 
 Every row is a process of its own; memory is the most it held at any time, less what it held before the step. Tensors
 are mapped one by one, so that what was given back is not counted.
@@ -33,6 +37,7 @@ from python_ref.models.wan import CausalWanModel, WanConfig
 from python_ref.noise import TorchNoise
 from python_ref.pipelines.training import SelfForcingTrainingPipeline
 from python_ref.schedule import FlowMatchSchedule
+from selfforcing_ext import PagedKVCache
 
 CONFIG = WanConfig(
     dim=512, num_heads=8, num_layers=4, ffn_dim=512, freq_dim=64, text_dim=64, text_len=8, in_dim=4, out_dim=4
@@ -125,14 +130,53 @@ def train_step(cache: str, frames: int, window: int, cache_gradient: str, checkp
     return peak_bytes() - before
 
 
+@torch.no_grad()
+def fill_and_attend(quantization: str | None) -> int:
+    """Bytes that a full window takes at most, its reading included."""
+    torch.set_num_threads(1)
+
+    def run(window: int) -> None:
+        cache = PagedKVCache(
+            1, 12, 128, 1560, window_frames=window, max_frames=window, dtype=torch.bfloat16, quantization=quantization
+        )
+        q, k, v = (torch.randn(1, 1560, 12, 128, dtype=torch.bfloat16) for _ in range(3))
+        for _ in range(window - 1):
+            cache.write(0, k, v)
+            cache.commit(1)
+        cache.attend(0, q, k, v)
+
+    run(2)  # what a block and its workspace take, and what libraries set up
+    before = peak_bytes()
+    run(21)
+    return peak_bytes() - before
+
+
+def measure_quantised(environment: dict[str, str]) -> None:
+    print("a window of 21 frames of 1,560 tokens, one layer, bfloat16; beyond what a window of 2 takes")
+    plain = 0
+    for quantization in ("none", "int8", "fp8_e4m3", "int4"):
+        command = [sys.executable, __file__, "--quantised", "--one", quantization]
+        taken = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        plain = plain or taken
+        print(f"{quantization:9s} {taken / 2**20:8.1f} MiB  {plain / taken:5.2f} times less", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", nargs="+", type=int, default=[7, 14, 21, 42])
     parser.add_argument("--window", type=int, default=21)
     parser.add_argument("--cache-gradient", nargs="+", choices=["constant", "full"], default=["constant", "full"])
     parser.add_argument("--keep-activations", action="store_true", help="do not checkpoint layers")
-    parser.add_argument("--one", choices=["paged", "contiguous"], help=argparse.SUPPRESS)
+    parser.add_argument("--quantised", action="store_true", help="peak memory of quantised caches")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the row of this process
     arguments = parser.parse_args()
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    if arguments.one and arguments.quantised:
+        print(fill_and_attend(None if arguments.one == "none" else arguments.one))
+        return
+    if arguments.quantised:
+        measure_quantised(environment)
+        return
     if arguments.one:
         print(
             train_step(
@@ -147,7 +191,6 @@ def main() -> None:
     token_bytes = 2 * CONFIG.num_layers * CONFIG.dim * 4
     frame = token_bytes * (LATENTS[1] // 2) * (LATENTS[2] // 2)
     print(f"keys and values of a frame: {frame / 2**20:.1f} MiB; window {arguments.window}, blocks of 1, float32")
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     for cache_gradient in arguments.cache_gradient:
         for frames in arguments.frames:
             row = f"{cache_gradient:8s} {frames:3d} frames"

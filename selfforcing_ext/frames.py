@@ -63,8 +63,9 @@ class Frames:
             return 1
         seen_as_usual = intervals.merge([(max(self.selected_at, self.sink_frames), self.num_frames)])
         evicted = intervals.subtract(seen_as_usual, self.held)
-        end = evicted[-1][1] if evicted else 0
-        return max(1, end - self.num_frames + self.window_frames - self.sink_frames)
+        if not evicted:
+            return 1
+        return max(1, evicted[-1][1] - self.num_frames + self.window_frames - self.sink_frames)
 
     def evicted(self, num_frames: int) -> Frames:
         """Without the frames that neither the next block, of this length, nor a later one sees."""

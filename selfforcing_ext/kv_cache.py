@@ -782,6 +782,13 @@ class KVCacheView:
             self._past_spans, self._rope_position = (torch.from_numpy(x).to(cache.device) for x in (records, starts))
             cache._read_blocks.update(range(block))
         self._turns = cache._turns
+        # What a block may be, as the cache says it of its own; the first block alone may be too short.
+        self._shortest_block = cache._shortest_block if block == 0 else 1
+        before = cache._staged_frames(block)
+        self._longest_block = min(
+            (stream.max_frames - stream.num_frames - before for stream in cache._limited if stream.max_frames),
+            default=None,
+        )
         self._gradient: PastGradient | None = None
         if cache._gradient is not None:
             rows = [cache.pool.table.row(number) for number in cache._numbers]
@@ -814,6 +821,16 @@ class KVCacheView:
         cache = self._cache
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
+        if self._longest_block is not None and num_frames > self._longest_block:
+            raise ValueError(
+                f"q has {num_frames} frames, but max_frames leaves room for {self._longest_block} after the view's "
+                "position"
+            )
+        if num_frames < self._shortest_block:
+            raise ValueError(
+                f"q has {num_frames} frames, but must have at least {self._shortest_block}: a shorter block sees "
+                "frames that were evicted when a longer one was written"
+            )
         spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
         where = (self._layers, self._page_table, spans, start, self._turns)
         return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)

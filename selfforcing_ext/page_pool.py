@@ -63,7 +63,8 @@ class PagePool:
             restored inside the attention kernel.
         key_offset: float32 [num_layers, num_heads, head_dim], subtracted from keys before they are quantised and added
             again when they are read: with the mean of each channel, what is left is smaller. None: 0.
-        grad_through_cache: gradient flows from attention into the keys and values that were written.
+        grad_through_cache: gradient flows from attention into the keys and values that were written, by the same
+            ``PagedKVCache``; its streams cannot fork or roll back, nor have staged blocks.
 
     Raises:
         TypeError: a dtype that is not accepted.

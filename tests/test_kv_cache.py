@@ -105,6 +105,28 @@ def test_a_view_reads_what_was_there():
             assert_same_bits(view.attend(1, q, k, v), out)
 
 
+def test_a_view_refuses_what_the_cache_refuses():
+    cache = PagedKVCache(**WINDOWED.cache_arguments() | {"max_frames": 6})
+    for num_frames in (3, 2):
+        write_block(cache, WINDOWED.block(num_frames), num_frames)
+    view = cache.view()
+    with torch.no_grad():
+        view.attend(0, *WINDOWED.block(1)[0])
+        with pytest.raises(
+            ValueError, match="q has 3 frames, but max_frames leaves room for 1 after the view's position"
+        ):
+            view.attend(0, *WINDOWED.block(3)[0])
+    cache = PagedKVCache(1, 2, 16, 6, window_frames=4)
+    for num_frames in (3, 3):
+        (block,) = RolloutCase((3,), num_layers=1).block(num_frames)
+        write_block(cache, [block], num_frames)
+    cache.streams[0].rollback(3)
+    with pytest.raises(
+        ValueError, match="q has 1 frames, but must have at least 3: a shorter block sees frames that were"
+    ):
+        cache.view().attend(0, *RolloutCase((1,), num_layers=1).block(1)[0])
+
+
 def test_pages_come_back_when_nobody_can_read_them():
     cache, _ = caches(WINDOWED)
     q, k, v = (t.detach().clone().requires_grad_() for t in WINDOWED.block(3)[0])
