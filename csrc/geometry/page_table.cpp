@@ -1,6 +1,7 @@
 #include "page_table.h"
 
 #include <algorithm>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +14,9 @@ void require(bool holds, const std::string& message) {
 }
 
 std::string text(PageTable::Range tokens) {
-  return "[" + std::to_string(tokens.first) + ", " + std::to_string(tokens.second) + ")";
+  std::ostringstream text;
+  text << '[' << tokens.first << ", " << tokens.second << ')';
+  return text.str();
 }
 
 void require_range(PageTable::Range tokens) {
