@@ -821,6 +821,14 @@ class KVCacheView:
         cache = self._cache
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
+        if not torch.compiler.is_compiling():
+            self._check_length(num_frames)
+        spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
+        where = (self._layers, self._page_table, spans, start, self._turns)
+        return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
+
+    def _check_length(self, num_frames: int) -> None:
+        """Raises ValueError unless a block can have this length. Not for graphs, as of a cache: the limits change."""
         if self._longest_block is not None and num_frames > self._longest_block:
             raise ValueError(
                 f"q has {num_frames} frames, but max_frames leaves room for {self._longest_block} after the view's "
@@ -831,9 +839,6 @@ class KVCacheView:
                 f"q has {num_frames} frames, but must have at least {self._shortest_block}: a shorter block sees "
                 "frames that were evicted when a longer one was written"
             )
-        spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
-        where = (self._layers, self._page_table, spans, start, self._turns)
-        return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
 
 
 def _row_pages(
