@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from python_ref.config import Config
-from python_ref.measures.report import Judge
+from python_ref.data.source import video_shape
 from python_ref.plots import plot_by_frame
 from python_ref.run_facts import run_facts
+from python_ref.yardsticks import Yardstick
 
 ALL, WINDOW, SINK = VARIANTS = "all frames", "window", "window and sink"
 CLOCK_NAMES = {"cpu": "CPU time", "wall": "wall-clock time"}
-MEASURES = {"identity": "reads as the digit asked for", "sharpness": "sharpness (real = 1)", "ink": "ink (real = 1)"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FinishedRun:
     method: str
     seed: int
     seconds: float | None  # of training; None if it was interrupted
-    measures: dict[str, dict[str, Any]]  # by variant, as `Measures.to_json` has them
+    measures: dict[str, dict[str, Any]]  # by variant, as `Yardstick.measure` gives them
 
 
 class Comparison:
@@ -41,39 +41,43 @@ class Comparison:
         rows = [run.measures[variant][measure] for run in self.runs if run.method == method]
         return np.asarray(rows, dtype=float)
 
+    def num_frames(self, variant: str, measure: str) -> int:
+        return len(self.runs[0].measures[variant][measure])
+
     def number(self, method: str, variant: str, measure: str) -> np.ndarray:
         """[seeds], of a measure of whole videos."""
         return np.asarray([run.measures[variant][measure] for run in self.runs if run.method == method], dtype=float)
 
 
-def write_report(path: Path, config: Config, runs: Sequence[FinishedRun], steps: Mapping[str, int]) -> Path:
+def write_report(
+    path: Path, config: Config, yardstick: Yardstick, runs: Sequence[FinishedRun], steps: Mapping[str, int]
+) -> Path:
     """Writes the page and its pictures; returns the page's path."""
-    pictures = path.parent / "images" / "results"
+    pictures = path.parent / "images" / path.stem
     pictures.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(runs)
-    digits, block = config.data.moving_digits, config.rollout.frames_per_block
-    judge = Judge(digits, block)
-    real = judge.measure(
-        *judge.real_videos(config.evaluation.num_videos, config.reproduce.long_factor * digits.num_frames)
-    )
-    _plot(pictures, comparison, digits.num_frames)
+    trained, block = video_shape(config.data)[0], config.rollout.frames_per_block
+    num_frames = config.reproduce.long_factor * trained
+    real = yardstick.real(config.evaluation.num_videos, num_frames)
+    _plot(pictures, comparison, yardstick, trained)
     sheets = _copy_sheets(pictures, config, comparison)
+    folder = f"images/{path.stem}"
     text = "\n\n".join(
         [
-            "# Results",
-            _introduction(config),
+            f"# Results: {yardstick.subject}",
+            _introduction(config, yardstick),
             "## Quality by frame",
-            _frame_table(comparison, real.identity, digits.num_frames, block),
-            "![Quality by frame, the error bars over seeds](images/results/quality.png)",
+            _frame_table(comparison, yardstick, real, trained, block),
+            f"![Quality by frame, the error bars over seeds]({folder}/quality.png)",
             "## What the paper says, and what came out",
-            _claims(comparison, digits.num_frames, block),
+            _claims(comparison, yardstick, trained, block),
             "## Rolling on",
-            _variant_table(comparison, digits.num_frames),
-            "![Identity by frame with and without window and sink](images/results/rolling.png)",
+            _variant_table(comparison, yardstick, trained),
+            f"![Quality by frame with and without window and sink]({folder}/rolling.png)",
             "## Videos",
-            f"The last frame of every block of {config.reproduce.long_factor * digits.num_frames} frames, window of "
-            f"training, seed {config.reproduce.seeds[0]}.",
-            *(f"**{method}**\n\n![Videos of {method}](images/results/{name})" for method, name in sheets.items()),
+            f"The last frame of every block of {num_frames} frames, window of training, seed "
+            f"{config.reproduce.seeds[0]}.",
+            *(f"**{method}**\n\n![Videos of {method}]({folder}/{name})" for method, name in sheets.items()),
             "## How it was made",
             _how(config, comparison, steps),
         ]
@@ -83,11 +87,15 @@ def write_report(path: Path, config: Config, runs: Sequence[FinishedRun], steps:
     return path
 
 
-def _introduction(config: Config) -> str:
-    settings, frames = config.reproduce, config.data.moving_digits.num_frames
+def _introduction(config: Config, yardstick: Yardstick) -> str:
+    settings, frames = config.reproduce, video_shape(config.data)[0]
+    own = settings.teacher_steps
+    teacher = (
+        f"a teacher of its own ({own} steps of {config.teacher.batch_size} videos)" if own else "the shipped teacher"
+    )
     return (
-        "Ways to train a causal video model on moving digits, compared. Each starts from the same causal model "
-        f"({settings.start_steps} steps of teacher forcing from the shipped teacher) and trains for "
+        f"Ways to train a causal video model on {yardstick.subject}, compared. Each starts from the same causal model "
+        f"({settings.start_steps} steps of teacher forcing from {teacher}) and trains for "
         f"{settings.seconds:g} seconds of {CLOCK_NAMES[settings.clock]} on {config.threads} thread(s), with "
         f"{len(settings.seeds)} seed(s), on videos of {frames} frames. It then generates "
         f"{config.evaluation.num_videos} videos of {settings.long_factor * frames} frames in blocks of "
@@ -96,50 +104,52 @@ def _introduction(config: Config) -> str:
     )
 
 
-def _frame_table(comparison: Comparison, real: Sequence[float], trained: int, block: int) -> str:
-    frames = sorted({1, block, trained, *range(2 * trained, len(real) + 1, trained)})
-    rows = [["real videos", *(f"{real[frame - 1]:.3f}" for frame in frames), "1.00"]]
+def _frame_table(
+    comparison: Comparison, yardstick: Yardstick, real: Mapping[str, Sequence[float]], trained: int, block: int
+) -> str:
+    num_frames = comparison.num_frames(WINDOW, yardstick.quality)
+    frames = sorted({1, block, trained, *range(2 * trained, num_frames + 1, trained)})
+    rows = [[name, *(f"{values[frame - 1]:.3f}" for frame in frames), "1.00"] for name, values in real.items()]
     for method in comparison.methods:
-        identity = comparison.by_frame(method, WINDOW, "identity")
+        quality = comparison.by_frame(method, WINDOW, yardstick.quality)
         sharpness = comparison.by_frame(method, WINDOW, "sharpness").mean(axis=1)
         rows.append(
-            [method, *(_with_deviation(identity[:, frame - 1]) for frame in frames), _with_deviation(sharpness, 2)]
+            [method, *(_with_deviation(quality[:, frame - 1]) for frame in frames), _with_deviation(sharpness, 2)]
         )
     header = ["videos", *(f"frame {frame}" for frame in frames), "sharpness"]
-    return (
-        "Share of videos that read as the digit asked for, window of training; training videos have "
-        f"{trained} frames.\n\n" + _table(header, rows)
+    return f"{yardstick.quality_means}; window of training; training videos have {trained} frames.\n\n" + _table(
+        header, rows
     )
 
 
-def _variant_table(comparison: Comparison, trained: int) -> str:
+def _variant_table(comparison: Comparison, yardstick: Yardstick, trained: int) -> str:
     rows = []
     for method in comparison.methods:
-        beyond = [comparison.by_frame(method, variant, "identity")[:, trained:].mean(axis=1) for variant in VARIANTS]
+        beyond = [
+            comparison.by_frame(method, variant, yardstick.quality)[:, trained:].mean(axis=1) for variant in VARIANTS
+        ]
         jumps = comparison.number(method, WINDOW, "jump_ratio")
         rows.append([method, *(_with_deviation(values) for values in beyond), _with_deviation(jumps, 2)])
     return (
-        "The same share over all frames beyond the length of training, by what a block sees of its past; and how much "
-        "more the digit's path bends at the borders of blocks than inside them.\n\n"
-        + _table(["videos", *VARIANTS, "bend at borders / inside"], rows)
+        "The same over all frames beyond the length of training, by what a block sees of its past; and "
+        f"{yardstick.jump_means}.\n\n" + _table(["videos", *VARIANTS, "borders / inside"], rows)
     )
 
 
-def _claims(comparison: Comparison, trained: int, block: int) -> str:
-    """For each method how much of the quality of the first block the last frames keep."""
+def _claims(comparison: Comparison, yardstick: Yardstick, trained: int, block: int) -> str:
+    """For each method what became of the quality of the first block."""
     rows = []
     for method in comparison.methods:
-        identity = comparison.by_frame(method, WINDOW, "identity")
-        first = identity[:, :block].mean(axis=1)
+        quality = comparison.by_frame(method, WINDOW, yardstick.quality)
+        first = quality[:, :block].mean(axis=1)
         kept = [
-            identity[:, end - block : end].mean(axis=1) / np.maximum(first, 1e-9)
-            for end in (trained, identity.shape[1])
+            quality[:, end - block : end].mean(axis=1) / np.maximum(first, 1e-9) for end in (trained, quality.shape[1])
         ]
         rows.append([method, *(_with_deviation(values, 2) for values in kept)])
     return (
         "Self-Forcing (arXiv 2506.08009) says that the quality of models trained on given videos decays along a "
-        "rollout, and that it stays if they are trained on their own. What the last block keeps of the first block's "
-        "share of digits that read right:\n\n" + _table(["videos", "within the length of training", "at the end"], rows)
+        "rollout, and that it stays if they are trained on their own. The last block as a multiple of the first block, "
+        f"by {yardstick.kept_means}:\n\n" + _table(["videos", "within the length of training", "at the end"], rows)
     )
 
 
@@ -153,8 +163,8 @@ def _how(config: Config, comparison: Comparison, steps: Mapping[str, int]) -> st
     commit = facts["git"]["commit"] if facts["git"] else "unknown"
     return (
         f"Commit `{commit}`, torch {facts['environment']['torch']}. Steps were chosen before training from the time "
-        "that a step takes. The solutions of the teacher's ODE, which ODE regression learns from, were made beforehand "
-        f"and their time does not count.\n\n"
+        "that a step takes. The time of what all start from, and of the solutions of the teacher's ODE that ODE "
+        "regression learns from, does not count.\n\n"
         + _table(
             ["method", "steps", f"seconds of training ({CLOCK_NAMES[config.reproduce.clock]}), by seed", "settings"],
             rows,
@@ -162,14 +172,14 @@ def _how(config: Config, comparison: Comparison, steps: Mapping[str, int]) -> st
     )
 
 
-def _plot(pictures: Path, comparison: Comparison, trained: int) -> None:
+def _plot(pictures: Path, comparison: Comparison, yardstick: Yardstick, trained: int) -> None:
     panels = {
         label: {method: comparison.by_frame(method, WINDOW, name) for method in comparison.methods}
-        for name, label in MEASURES.items()
+        for name, label in yardstick.panels.items()
     }
     plot_by_frame(pictures / "quality.png", panels, trained)
     panels = {
-        method: {variant: comparison.by_frame(method, variant, "identity") for variant in VARIANTS}
+        method: {variant: comparison.by_frame(method, variant, yardstick.quality) for variant in VARIANTS}
         for method in comparison.methods
     }
     plot_by_frame(pictures / "rolling.png", panels, trained)

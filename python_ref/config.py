@@ -336,6 +336,7 @@ class ReproduceConfig:
     seconds: float = 600.0  # of training, for each method and seed
     clock: str = "cpu"  # what they are measured in: "cpu", of the process, or "wall"
     workers: int = 2  # runs at a time
+    teacher_steps: int = 0  # that a teacher of one's own is trained for; 0: self_forcing.teacher is there already
     start_steps: int = 300  # of teacher forcing, which the common start is trained for
     pairs: int = 512  # of the teacher's ODE, for ODE regression
     long_factor: int = 5  # videos are measured up to so many times the length of training

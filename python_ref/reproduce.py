@@ -3,8 +3,8 @@
 
 Self-Forcing (arXiv 2506.08009) says that quality which decays along a rollout under teacher and diffusion forcing
 stays if a model is trained on its own rollouts. Here each method starts from the same causal model, trains for the same
-time on moving digits, with several seeds, and generates videos several times as long as those of training, which are
-measured frame by frame. The report is written whatever comes out.
+time on moving digits or on clips of video files, with several seeds, and generates videos several times as long as
+those of training, which are measured frame by frame. The report is written whatever comes out.
 
 The same command goes on where it was killed: finished runs are not done again, and others go on from their checkpoint.
 """
@@ -27,12 +27,11 @@ from python_ref import make_ode_pairs
 from python_ref.checkpoint import Checkpointer
 from python_ref.comparison import VARIANTS, FinishedRun, folder_name, write_report
 from python_ref.config import Config, RolloutConfig, load_config
-from python_ref.data.prompts import evaluation_prompts
-from python_ref.data.source import open_source
+from python_ref.data.source import open_source, video_shape
 from python_ref.evaluate import generate_set, load_for_generation
-from python_ref.measures.report import Judge
 from python_ref.train import make_stage, train
 from python_ref.video_output import write_contact_sheet
+from python_ref.yardsticks import open_yardstick
 
 CLOCKS = {"cpu": time.process_time, "wall": time.monotonic}
 MEASURED_CYCLES = 2  # of the generator's updates, to tell how long a step takes
@@ -59,6 +58,12 @@ class Reproduction:
     def output(self) -> Path:
         return Path(self.config.output)
 
+    @property
+    def teacher(self) -> str:
+        """Its weights: those given, or those that are trained first."""
+        own = self.config.reproduce.teacher_steps
+        return str(self.output / "start" / "teacher.safetensors") if own else self.config.self_forcing.teacher
+
     def folder(self, method: str, seed: int) -> Path:
         return self.output / "runs" / folder_name(method) / f"seed_{seed}"
 
@@ -69,6 +74,7 @@ class Reproduction:
         stage = load_config(self.file, [*self.overrides, *own]).stage
         common = [
             *(f"{section}.init={start}" for section in ("causal", "ode", "consistency", "self_forcing")),
+            f"self_forcing.teacher={self.teacher}",
             f"consistency.teacher={start}",
             f"ode.pairs={pairs}",
             f"output={self.folder(method, seed)}",
@@ -84,10 +90,7 @@ def reproduce(reproduction: Reproduction) -> Path:
     settings = config.reproduce
     if not settings.methods:
         raise ValueError("reproduce.methods is empty; accepted: names with overrides, as in configs/reproduce.yaml")
-    if config.data.source != "moving_digits":
-        raise ValueError(
-            f"data.source is {config.data.source!r}; accepted here: 'moving_digits', which can be measured"
-        )
+    yardstick = open_yardstick(config)
     prepare_start(reproduction)
     steps = plan_steps(reproduction)
     tasks = [(reproduction, method, seed, steps[method]) for seed in settings.seeds for method in settings.methods]
@@ -96,21 +99,25 @@ def reproduce(reproduction: Reproduction) -> Path:
         for run in pool.map(finish_run, *zip(*tasks, strict=True)):
             runs.append(run)
             print(f"{len(runs)}/{len(tasks)}: {run.method}, seed {run.seed}", flush=True)
-    return write_report(Path(settings.report), config, runs, steps)
+    return write_report(Path(settings.report), config, yardstick, runs, steps)
 
 
 def prepare_start(reproduction: Reproduction) -> None:
-    """The causal model that all methods start from, and the solutions of the teacher's ODE."""
+    """The teacher, if it is not given, the causal model that all methods start from, and the solutions of the teacher's
+    ODE."""
     config = reproduction.config
     start = replace(config, stage="causal", output=str(reproduction.output / "start"))
-    start.causal = replace(start.causal, steps=config.reproduce.start_steps)
+    if config.reproduce.teacher_steps:
+        _train(replace(start, stage="teacher", teacher=replace(config.teacher, steps=config.reproduce.teacher_steps)))
+    start.causal = replace(start.causal, init=reproduction.teacher, steps=config.reproduce.start_steps)
     _train(start)
     if any("stage=ode" in own for own in config.reproduce.methods.values()):
         arguments = [
-            *("--checkpoint", config.self_forcing.teacher, "--output", str(reproduction.output / "ode_pairs")),
+            *("--checkpoint", reproduction.teacher, "--output", str(reproduction.output / "ode_pairs")),
             *("--pairs", str(config.reproduce.pairs), "--threads", str(config.threads)),
             *("--precision", config.precision, "--backend", config.backend),
             *("--denoising-steps", *map(str, config.rollout.denoising_steps)),
+            *("--config", str(reproduction.output / "start" / "causal.yaml")),  # whose captions count
         ]
         if make_ode_pairs.main(arguments) != 0:
             raise ValueError("the ODE pairs could not be made")
@@ -170,14 +177,14 @@ def measure(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     """Measures of long videos under every variant of the cache, and a sheet of them."""
     weights = folder / f"{config.stage}.safetensors"
     network, _ = load_for_generation(weights, config.backend)
-    digits, block = config.data.moving_digits, config.rollout.frames_per_block
-    settings = replace(config.evaluation, num_frames=config.reproduce.long_factor * digits.num_frames)
-    prompts = evaluation_prompts(settings.num_videos)
-    judge = Judge(digits, block)
+    trained, block = video_shape(config.data)[0], config.rollout.frames_per_block
+    settings = replace(config.evaluation, num_frames=config.reproduce.long_factor * trained)
+    yardstick = open_yardstick(config)
+    prompts = yardstick.prompts(settings.num_videos)
     found = {}
     for name, rollout in variants(config).items():
         videos = generate_set(network, rollout, prompts, settings, config.precision)
-        found[name] = judge.measure(videos, prompts).to_json()
+        found[name] = yardstick.measure(videos, prompts)
         every_block = videos[:SHOWN_VIDEOS, block - 1 :: block]
         write_contact_sheet(folder / f"{name.replace(' ', '_')}.png", every_block, prompts[:SHOWN_VIDEOS])
     return found

@@ -83,6 +83,13 @@ class VideoFiles:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def videos_by_caption(self) -> dict[str, list[Tensor]]:
+        """The whole files, each [F, C, H, W] uint8 at the clips' size and frame rate."""
+        found: dict[str, list[Tensor]] = {}
+        for path, caption in {clip.path: clip.caption for clip in self.clips}.items():
+            found.setdefault(caption, []).append(self._videos[path])
+        return found
+
     def clip(self, index: int) -> tuple[Tensor, str]:
         """Clip `index`: [F, C, H, W] float32 in -1..1, and its caption."""
         clip = self.clips[index]
