@@ -10,6 +10,8 @@ from tiny_runs import TINY
 
 from python_ref.comparison import VARIANTS, Comparison, FinishedRun, folder_name
 from python_ref.config import load_config
+from python_ref.data.sample_videos import CAPTIONS, copy_sample_videos
+from python_ref.data.shards import read_settings
 from python_ref.plots import plot_by_frame
 from python_ref.reproduce import main as reproduce
 
@@ -87,7 +89,7 @@ def test_other_settings_need_another_folder(reproduced, arguments, capsys):
     [
         ("reproduce.clock=sun", "reproduce.clock is 'sun'; accepted: 'cpu', 'wall'"),
         ("reproduce.seconds=0", "seconds is 0.0; accepted: above 0"),
-        ("data.source=video_files", "data.source is 'video_files'; accepted here: 'moving_digits'"),
+        ("data.source=latents", "data.source is 'latents'; accepted here: 'moving_digits' or 'video_files'"),
     ],
 )
 def test_bad_settings_are_explained(option, message, arguments, capsys):
@@ -100,13 +102,45 @@ def test_methods_are_needed(config_file, capsys):
     assert "reproduce.methods is empty" in capsys.readouterr().err
 
 
-def test_the_shipped_comparison_is_valid():
+@pytest.mark.parametrize(("name", "count"), [("reproduce", 9), ("reproduce_videos", 5)])
+def test_the_shipped_comparisons_are_valid(name, count):
     """Every method's own settings are accepted, and the stages are those of its name."""
-    file = ROOT / "configs" / "reproduce.yaml"
+    file = ROOT / "configs" / f"{name}.yaml"
     methods = load_config(file).reproduce.methods
-    assert len(methods) == 9
+    assert len(methods) == count
     for own in methods.values():
         assert load_config(file, own).stage in ("causal", "ode", "consistency", "self_forcing")
+
+
+def test_video_files_are_compared_from_a_teacher_of_their_own(tmp_path):
+    """The real files; the report measures the distance to their frames."""
+    copy_sample_videos(tmp_path / "files")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "data:\n  source: video_files\n"
+        f"  video_files: {{folder: {tmp_path}/files, num_frames: 6, channels: 1, fps: 15}}\n"
+        "reproduce:\n  methods:\n    ODE regression: [stage=ode]\n    CausVid: [stage=self_forcing, "
+        "self_forcing.videos=noised_data]\n"
+    )
+    small = [
+        *("reproduce.seeds=[0]", "reproduce.seconds=0.1", "reproduce.workers=1", "reproduce.teacher_steps=2"),
+        *("reproduce.start_steps=2", "reproduce.pairs=4", "reproduce.long_factor=2", "evaluation.num_videos=4"),
+        *("ode.batch_size=2", "rollout.window_frames=6", f"output={tmp_path}/output"),
+        f"reproduce.report={tmp_path}/results_videos.md",
+    ]
+    assert reproduce(["--config", str(file), *TINY, *small]) == 0
+    text = (tmp_path / "results_videos.md").read_text()
+    assert "# Results: clips of real video files" in text
+    assert "a teacher of its own (2 steps of 4 videos)" in text
+    assert "| a real frame and the next | 0.03" in text
+    assert "![Videos of CausVid](images/results_videos/causvid.png)" in text
+    for run in json.loads((tmp_path / "images" / "results_videos" / "runs.json").read_text()):
+        measures = run["measures"]["window and sink"]
+        assert {name: len(values) for name, values in measures.items() if name != "jump_ratio"} == {
+            "distance": 12, "sharpness": 12, "motion": 11,
+        }  # fmt: skip
+    pairs = read_settings(tmp_path / "output" / "ode_pairs" / "shard_00000.safetensors")
+    assert set(pairs["captions"]) <= set(CAPTIONS.values())
 
 
 def test_runs_are_kept_apart_by_method_and_seed():
