@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from selfforcing_ext.attention import block_causal_attention
     from selfforcing_ext.denoise import add_noise, denoise_step, dmd_gradient, guided_denoise_step
+    from selfforcing_ext.graphs import GraphedBlock
     from selfforcing_ext.kv_cache import PagedKVCache
     from selfforcing_ext.mask import BlockCausalMask
     from selfforcing_ext.modulate import gated_residual, modulated_layer_norm
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockCausalMask",
+    "GraphedBlock",
     "PagePool",
     "PagedKVCache",
     "PoolStats",
@@ -40,6 +42,7 @@ __all__ = [
 
 _MODULE_OF = {
     "BlockCausalMask": "mask",
+    "GraphedBlock": "graphs",
     "PagePool": "page_pool",
     "PagedKVCache": "kv_cache",
     "PoolStats": "page_pool",

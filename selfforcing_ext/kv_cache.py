@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +175,7 @@ class PagedKVCache:
         self._longest_block = min(moving, default=None)
         self._limited = [stream for stream in streams if stream.max_frames is not None]
         self._blocks: list[_Block] = []
+        self._commits_later = False  # a prepared block is under way
         self._ended = False  # one of the streams is closed
         self._read_blocks: set[int] = set()  # of these, those that a view reads as they are now
         self._view: KVCacheView | None = None  # of the current block, while autograd records
@@ -197,6 +199,7 @@ class PagedKVCache:
         self._position = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._rope_position = torch.zeros(lengths, batch, dtype=torch.int32, device=self.device)
         self._turns: Turns | None = None  # of keys that are rotated on reading
+        self._make_turns(max((window for window, _ in self._windows if window is not None), default=0))
         self._handle, self._reference = kv_cache_ops.register(self), weakref.ref(self)
         for stream in streams:
             stream._batches.add(self)
@@ -348,7 +351,9 @@ class PagedKVCache:
             if self._gradient is not None:
                 self._gradient.check_write(k, v, grad_to, block)
             self._take_pages(num_frames, block, layer)
-            write_start = self._write_start if block == 0 else self._write_starts(block)
+            write_start = self._write_start
+            if block:
+                write_start = torch.from_numpy(self._write_starts(block)).to(self.device)
         pages = self.pool.layers[layer]
         offset = None if self.pool.key_offset is None else self.pool.key_offset[layer]
         with torch.no_grad():
@@ -377,8 +382,7 @@ class PagedKVCache:
         """
         if torch.compiler.is_compiling():
             kv_cache_ops.commit(self, num_frames)
-        else:
-            self._commit(num_frames)
+        elif self._commit(num_frames):
             self.refresh()
 
     def drop(self, block: int = 0) -> None:
@@ -408,6 +412,33 @@ class PagedKVCache:
             RuntimeError: the pool has too few free pages. The cache is unchanged then.
         """
         self._take_pages(num_frames, block=0, layer=None)
+
+    @contextmanager
+    def prepared_block(self, num_frames: int) -> Iterator[set[int]]:
+        """Inside, the next block's calls are work on the device alone: its pages are taken before, and it becomes the
+        past at the end, where ``commit`` inside only checks. So a CUDA graph can hold the calls (``GraphedBlock``).
+
+        Yields the layers that have written. A replayed graph writes without the host's knowing: whoever replays adds
+        its layers.
+
+        Raises:
+            ValueError: the block cannot be the next one, or at the end a layer has not written it.
+            RuntimeError: the pool has too few free pages. The cache is unchanged then.
+        """
+        self.reserve(num_frames)
+        self._commits_later = True
+        try:
+            yield self._blocks[0].written
+        finally:
+            self._commits_later = False
+        self.commit(num_frames)
+
+    def memory_of_block(self) -> list[Tensor]:
+        """The tensors that the next block's kernels read and write. The same objects from block to block, except where
+        something had to grow: the pool, a table, the selections."""
+        shown = [self._page_table, self._past_spans, self._write_start, self._position, self._rope_position]
+        turns = [] if self._turns is None else [self._turns[0]]
+        return [*shown, *turns, *(tensor for layer in self.pool.layers for tensor in layer if tensor is not None)]
 
     def view(self, block: int = 0) -> KVCacheView:
         """What a block (the next one) sees now, for reading: later writes do not change it. While the view, or a graph
@@ -573,7 +604,8 @@ class PagedKVCache:
             self._blocks.append(_Block(num_frames))
         return True
 
-    def _commit(self, num_frames: int) -> None:
+    def _commit(self, num_frames: int) -> bool:
+        """False if the block is a prepared one, which becomes the past later."""
         written = self._blocks[0].written if self._blocks else set()
         missing = sorted(set(range(self.num_layers)) - written)
         if missing:
@@ -585,6 +617,8 @@ class PagedKVCache:
             raise ValueError(
                 f"num_frames is {num_frames}, but must be {self._blocks[0].num_frames}, the frames that were written"
             )
+        if self._commits_later:
+            return False
         self._view = None
         del self._blocks[0]
         self._read_blocks = {block - 1 for block in self._read_blocks if block > 0}
@@ -595,6 +629,7 @@ class PagedKVCache:
             stream.frames = after[stream.frames]
         self._release()
         self.refresh_others()
+        return True
 
     def refresh_others(self) -> None:
         """Shows other batches of the cache's streams that these have gone on."""
@@ -626,12 +661,11 @@ class PagedKVCache:
 
     def mirror_pages(self, page_table: Tensor, write_start: Tensor) -> None:
         """Writes the rows of pages [B, T] and where the first block that is not committed is written [B]."""
-        longest = max(self.pool.table.row_length(number) for number in self._numbers)
-        rows = np.zeros((self.batch_size, longest), dtype=np.int32)
+        rows = np.zeros(page_table.shape, dtype=np.int32)
         self.pool.table.copy_rows(self._numbers, rows)
-        page_table[:, :longest].copy_(torch.from_numpy(rows))
+        _show(page_table, rows)
         if self._blocks:
-            write_start.copy_(self._write_starts(0))
+            _show(write_start, self._write_starts(0))
 
     def mirror_past(
         self,
@@ -642,10 +676,13 @@ class PagedKVCache:
     ) -> None:
         """Writes the visible past [block lengths, B, G, S, 4], and where the next block starts: [B], [lengths, B]."""
         records, rope_positions = self._records(0, self._lengths) if past is None else past
-        _fit(past_spans, torch.from_numpy(records))
+        # There may be room for more lists, which are then alike, and for more spans, which are then empty.
+        spans = np.zeros(past_spans.shape, dtype=np.int32)
+        spans[:, :, :, : records.shape[3]] = records
+        _show(past_spans, spans)
         if position is not None:
-            position.copy_(on_host(self._start_frames(0), torch.int32))
-        rope_position.copy_(torch.from_numpy(rope_positions))
+            _show(position, np.array(self._start_frames(0), dtype=np.int32))
+        _show(rope_position, rope_positions)
 
     def _records(self, block: int, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """What a block sees of the past, for K lengths of it: spans [K, B, G, S, 4] as the attention op reads them, and
@@ -698,12 +735,12 @@ class PagedKVCache:
                     frames[i, j, g, : len(spans)] = np.array(spans).reshape(-1, 2)
         return frames, frames[..., 1] <= self._sinks[None, :, None, None]
 
-    def _write_starts(self, block: int) -> Tensor:
-        """Positions of a block's first tokens, int32 [B] on the device."""
+    def _write_starts(self, block: int) -> NDArray[np.int32]:
+        """Positions of a block's first tokens, [B]."""
         first = np.array(self._start_frames(block)) * self.frame_seqlen
         tokens = np.stack((first, first + 1), axis=-1)[:, None]
-        positions = self.pool.table.positions(self._numbers, tokens)[:, 0, 0]
-        return torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
+        positions: NDArray[np.int32] = self.pool.table.positions(self._numbers, tokens)[:, 0, 0]
+        return np.ascontiguousarray(positions)
 
     def _places_of_block(self, num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Page and slot of every token of the block that is being written, [B, L] each."""
@@ -896,13 +933,13 @@ def _checked_bias(bias: tuple[float, float, float] | None) -> tuple[float, float
     return sink - own, past - own, 0.0
 
 
-def _fit(target: Tensor, values: Tensor) -> None:
-    """Copies spans [K, B, G, S, 4] where there may be room for more lists and more spans; those that are not used are
-    empty."""
-    lists, spans = values.shape[2:4]
-    if spans < target.shape[3]:
-        target[..., spans:, :].zero_()
-    target[:, :, :, :spans] = values if lists == target.shape[2] else values.expand(-1, -1, target.shape[2], -1, -1)
+def _show(target: Tensor, values: NDArray[np.int32]) -> None:
+    """Copies the host's state to where kernels read it. The host does not wait for a GPU: from pinned memory, which
+    torch's allocator does not hand out again before the copy is done."""
+    source = torch.from_numpy(values)
+    if target.is_cuda:
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
 
 
 def on_host(values: Sequence[object], dtype: torch.dtype) -> Tensor:

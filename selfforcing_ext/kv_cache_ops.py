@@ -95,8 +95,8 @@ def _reserve_op(
 @torch.library.impl("selfforcing::kv_cache_commit", "CompositeExplicitAutograd")
 def _commit_op(past_spans: Tensor, position: Tensor, rope_position: Tensor, handle: Tensor, num_frames: int) -> None:
     cache = _cache_of(handle)
-    cache._commit(num_frames)
-    cache.mirror_past(past_spans, position, rope_position)
+    if cache._commit(num_frames):
+        cache.mirror_past(past_spans, position, rope_position)
 
 
 @torch.library.impl("selfforcing::kv_cache_pin", "CompositeExplicitAutograd")

@@ -18,14 +18,16 @@ from cases import (
     RolloutCase,
 )
 from compare import SUM_ROUNDING, assert_as_accurate, assert_close, assert_same_bits
+from small_model import LATENT, model
 from test_attention import LSE_CASES, leaves, plain_attention, torch_attention
+from test_graphs import BATCH, CACHES, FRAMES, block_inputs, denoising_of
 from test_kv_cache import TOLERANCE
 from torch import Tensor
 
 from python_ref.ops.attention import block_causal_attention as reference
 from python_ref.ops.attention import masked_softmax_attention
 from python_ref.ops.kv_cache import PagedKVCache as ReferenceCache
-from selfforcing_ext import BlockCausalMask, PagedKVCache, block_causal_attention
+from selfforcing_ext import BlockCausalMask, GraphedBlock, PagedKVCache, block_causal_attention
 from selfforcing_ext.attention import Past, attention_over_spans, full_table
 from selfforcing_ext.library import HAS_CUDA
 from selfforcing_ext.mask import make_span_table
@@ -282,6 +284,30 @@ def test_a_captured_graph_replays_with_new_positions():
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits(captured, attend(), "replayed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_a_whole_block_is_one_graph(options: dict[str, object], dtype: torch.dtype):
+    """Four steps and the clean pass, bit for bit as without a graph, over evictions; the host waits for nothing."""
+    generator = model().to(DEVICE, dtype)
+    limits = {"max_frames": None, "page_size": 5, **options}
+    caches = [generator.make_cache((BATCH, 1, *LATENT), **limits) for _ in range(2)]
+    eager, graphed = (
+        denoising_of(generator, caches[0]),
+        GraphedBlock(caches[1], FRAMES, denoising_of(generator, caches[1])),
+    )
+    for index in range(8):
+        inputs = [x.to(DEVICE, dtype) for x in block_inputs(index)]
+        replays = index > 1  # the first call runs as it is, the second captures
+        torch.cuda.set_sync_debug_mode("error" if replays else "default")
+        try:
+            found = graphed(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same_bits(found, eager(*inputs), f"block {index}")
+    assert caches[1].num_frames == caches[0].num_frames
 
 
 def test_ops_run_on_the_current_stream():

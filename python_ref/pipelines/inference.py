@@ -31,6 +31,9 @@ class CausalInferencePipeline:
         window_frames, sink_frames: how much of the past stays visible, see ``BlockCausalMask``. With a window memory
             and time per block do not grow with the length of the video.
         cache_options: further options of ``PagedKVCache``, such as ``rope`` or ``quantization``.
+        use_cuda_graph: run every block, with its clean pass, as one CUDA graph (``selfforcing_ext.GraphedBlock``): the
+            same videos, faster where launching kernels takes longer than running them. Needs backend "ext" and a
+            generator on a CUDA device.
     """
 
     def __init__(
@@ -44,7 +47,12 @@ class CausalInferencePipeline:
         window_frames: int | None = None,
         sink_frames: int = 0,
         cache_options: Mapping[str, Any] | None = None,
+        use_cuda_graph: bool = False,
     ) -> None:
+        if use_cuda_graph and generator.ops.name != "ext":
+            raise ValueError(
+                f"use_cuda_graph is True, but needs backend 'ext'; the generator's is {generator.ops.name!r}"
+            )
         self.generator = generator
         self.timesteps, self.sigmas = denoising_table(schedule, denoising_steps)
         self.frames_per_block = frames_per_block
@@ -53,6 +61,7 @@ class CausalInferencePipeline:
         self.window_frames = window_frames
         self.sink_frames = sink_frames
         self.cache_options = dict(cache_options or {})
+        self.use_cuda_graph = use_cuda_graph
 
     def generate(
         self,
@@ -100,22 +109,40 @@ class CausalInferencePipeline:
 
         sigmas = self.sigmas.to(noise.device)
         timesteps = self.timesteps.to(noise.device)
-        for index, x_t in enumerate(noise.split(plan.generated, dim=1)):
+
+        @nvtx.annotate("selfforcing.denoise_block")
+        def denoise(x_t: Tensor, *fresh: Tensor) -> Tensor:
             shape = x_t.shape[:2]
-            with nvtx.annotate("selfforcing.denoise_block"):
-                for step in range(len(timesteps)):
-                    flow = self.generator(x_t, timesteps[step].expand(shape), encoded, cache=cache)
-                    if step + 1 < len(timesteps):
-                        fresh = source.randn(x_t.shape, x_t.dtype, x_t.device)
-                        _, x_t = self.generator.ops.denoise_step(
-                            flow, x_t, sigmas[step].expand(shape), sigmas[step + 1].expand(shape), fresh
-                        )
-                x0, _ = self.generator.ops.denoise_step(flow, x_t, sigmas[-1].expand(shape))
+            for step in range(len(timesteps)):
+                flow = self.generator(x_t, timesteps[step].expand(shape), encoded, cache=cache)
+                if step + 1 < len(timesteps):
+                    _, x_t = self.generator.ops.denoise_step(
+                        flow, x_t, sigmas[step].expand(shape), sigmas[step + 1].expand(shape), fresh[step]
+                    )
+            x0, _ = self.generator.ops.denoise_step(flow, x_t, sigmas[-1].expand(shape))
+            return x0
+
+        @nvtx.annotate("selfforcing.clean_pass")
+        def clean_pass(x0: Tensor) -> Tensor:
+            clean_t = x0.new_full(x0.shape[:2], self.context_noise)
+            self.generator(x0, clean_t, encoded, cache=cache, commit=True)
+            return x0
+
+        graphed = {}
+        if self.use_cuda_graph:
+            from selfforcing_ext import GraphedBlock  # needs the compiled ops, which the reference does not
+
+            for length in set(plan.generated):
+                graphed[length] = GraphedBlock(cache, length, lambda *inputs: clean_pass(denoise(*inputs)))
+        for index, x_t in enumerate(noise.split(plan.generated, dim=1)):
+            fresh = [source.randn(x_t.shape, x_t.dtype, x_t.device) for _ in timesteps[1:]]
+            if graphed:
+                yield graphed[x_t.shape[1]](x_t, *fresh)
+                continue
+            x0 = denoise(x_t, *fresh)
             yield x0
             if index + 1 < len(plan.generated):
-                with nvtx.annotate("selfforcing.clean_pass"):
-                    clean_t = x0.new_full(shape, self.context_noise)
-                    self.generator(x0, clean_t, encoded, cache=cache, commit=True)
+                clean_pass(x0)
 
 
 def denoising_table(schedule: FlowMatchSchedule, denoising_steps: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
