@@ -9,8 +9,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Declares `name`, the block's dynamic shared memory.
-#define SELFFORCING_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Declares `name`, the block's dynamic shared memory, aligned so that every swizzle starts with it (swizzle.cuh).
+#define SELFFORCING_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #else
 #include "emulation.h"
 #endif
@@ -25,6 +25,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Shared memory that one block may ask for on every GPU since Ampere (compute capability 8.6 and 8.9 have the least).
 constexpr int kMaxSharedBytes = 99 * 1024;
+// The same on compute capability 9.0.
+constexpr int kMaxSharedBytesHopper = 227 * 1024;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }

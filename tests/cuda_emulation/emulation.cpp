@@ -5,16 +5,11 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <deque>
-#include <memory>
 #include <random>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "machine.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -24,50 +19,27 @@
 // What the compiler calls for accesses of many bytes.
 extern "C" void __tsan_read_range(void* address, unsigned long bytes);
 extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
 
 namespace selfforcing::emulation {
-namespace {
-
-constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = size_t{256} << 10;
-constexpr size_t kGuardBytes = size_t{64} << 10;  // a multiple of every page size
-constexpr size_t kSharedAlignment = 128;
-
-// ---- Fibers: a stack each, and a switch between them.
-
-// An asynchronous copy that its thread has not waited for.
-struct Copy {
-  void* target;
-  const void* source;
-  int bytes, given_bytes;
-  unsigned group;
-};
-
-struct Fiber {
-  Thread thread;
-  std::deque<Copy> copies;
-  unsigned group = 0;  // of the next copy
-  char* stack = nullptr;
-  const char* waits_for = nullptr;  // nullptr: may run
-  std::source_location where;
-  bool done = false;
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  void* tsan_fiber = nullptr;
-
-  Fiber() = default;
-  Fiber(const Fiber&) = delete;
-  Fiber& operator=(const Fiber&) = delete;
-};
 
 Fiber scheduler;  // the fiber of whoever called run()
 Fiber* running = &scheduler;
 std::vector<std::unique_ptr<Fiber>> fibers;
+int num_threads;
+size_t shared_bytes;
+
+namespace {
+
+constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr size_t kGuardBytes = size_t{64} << 10;  // a multiple of every page size
+constexpr size_t kSharedAlignment = 1024;         // as SELFFORCING_DYNAMIC_SHARED asks for
+
+// ---- Fibers: a stack each, and a switch between them.
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the stack, stores the stack pointer, takes the other one (System V ABI).
@@ -114,33 +86,9 @@ void switch_to(Fiber& to) {
   after_switch();
 }
 
-// Who ordered what before what, told to the race checker.
-void release([[maybe_unused]] void* event) {
-#if defined(SELFFORCING_RACE_CHECK)
-  __tsan_release(event);
-#endif
-}
-void acquire([[maybe_unused]] void* event) {
-#if defined(SELFFORCING_RACE_CHECK)
-  __tsan_acquire(event);
-#endif
-}
-
-// Accesses to shared memory that the machine makes for a thread.
-void note_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
-#if defined(SELFFORCING_RACE_CHECK)
-  __tsan_read_range(const_cast<void*>(address), bytes);
-#endif
-}
-void note_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
-#if defined(SELFFORCING_RACE_CHECK)
-  __tsan_write_range(address, bytes);
-#endif
-}
-
 // ---- The block that runs now
 
-struct Barrier {
+struct BlockBarrier {
   int arrived = 0;
   std::source_location where;
   unsigned round = 0;
@@ -165,14 +113,16 @@ struct Warp {
 
 void (*kernel_body)(void*);
 void* kernel_context;
-int num_threads, num_done;
-Barrier barrier;
+int num_done;
+BlockBarrier barrier;
 std::vector<Warp> warps;
 void* shared = nullptr;
 std::string error;
 Order turn_order = Order::forward;
 std::mt19937 turn_random;
 char kernel_start, kernel_end;
+
+}  // namespace
 
 std::string describe(std::source_location where) {
   const std::string path = where.file_name();
@@ -183,8 +133,7 @@ bool same_place(std::source_location a, std::source_location b) {
   return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
 }
 
-// Ends the launch: run() throws what is said here. The fiber is left as it is, so nothing on its stack may own memory.
-[[noreturn]] void fail(std::source_location where, const char* what, const std::source_location* others = nullptr) {
+void fail(std::source_location where, const char* what, const std::source_location* others) {
   {
     const Thread& t = running->thread;
     error = "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " +
@@ -202,11 +151,77 @@ void wait(const char* what, std::source_location where) {
   switch_to(scheduler);
 }
 
+int next_of(int count) {
+  if (turn_order == Order::random) return static_cast<int>(turn_random() % static_cast<unsigned>(count));
+  return turn_order == Order::reverse ? count - 1 : 0;
+}
+
+// ---- The race checker
+
+void release([[maybe_unused]] void* event) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_release(event);
+#endif
+}
+void acquire([[maybe_unused]] void* event) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_acquire(event);
+#endif
+}
+
+void note_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_read_range(const_cast<void*>(address), bytes);
+#endif
+}
+void note_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_write_range(address, bytes);
+#endif
+}
+
+Unseen::Unseen() {
+#if defined(SELFFORCING_RACE_CHECK)
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+}
+Unseen::~Unseen() {
+#if defined(SELFFORCING_RACE_CHECK)
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
+}
+
+Engine::Engine() {
+#if defined(SELFFORCING_RACE_CHECK)
+  tsan_fiber_ = __tsan_create_fiber(0);
+#endif
+}
+Engine::~Engine() {
+#if defined(SELFFORCING_RACE_CHECK)
+  if (tsan_fiber_ != nullptr) __tsan_destroy_fiber(tsan_fiber_);
+#endif
+}
+void Engine::enter() {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_switch_to_fiber(tsan_fiber_, 1);
+#endif
+}
+void Engine::leave() {
+#if defined(SELFFORCING_RACE_CHECK)
+  __tsan_switch_to_fiber(running->tsan_fiber, 1);
+#endif
+}
+
+namespace {
+
 void fiber_main() {
   after_switch();
   acquire(&kernel_start);
   kernel_body(kernel_context);
   if (!running->copies.empty()) fail(running->where, "the thread ends before its asynchronous copies do");
+  finish_thread();
   release(&kernel_end);
   running->done = true;
   ++num_done;
@@ -217,6 +232,7 @@ void fiber_main() {
 void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.waits_for = nullptr;
+  fiber.at_barrier = nullptr;
   fiber.fake_stack = nullptr;
   fiber.copies.clear();
   fiber.group = 0;
@@ -260,7 +276,8 @@ void run_block() {
       anyone_ran = true;
       switch_to(*fiber);
     }
-    if (anyone_ran || !error.empty()) continue;
+    // Only where nobody can go on without it does a copy arrive: who does not wait for it sees that it is not there.
+    if (anyone_ran || !error.empty() || complete_a_load()) continue;
     error = "deadlock, " + std::to_string(num_done) + " of " + std::to_string(num_threads) + " threads are done";
     const Fiber* shown = nullptr;
     for (int i = 0; i < num_threads; ++i) {
@@ -268,6 +285,7 @@ void run_block() {
       if (fiber.done || (shown != nullptr && same_place(shown->where, fiber.where))) continue;
       shown = &fiber;
       error += "; thread " + std::to_string(i) + " waits for " + fiber.waits_for + " at " + describe(fiber.where);
+      if (fiber.at_barrier != nullptr) error += ", which misses " + describe(*fiber.at_barrier);
     }
   }
 }
@@ -283,7 +301,8 @@ void set_order(Order order, unsigned seed) {
 
 void* shared_memory() { return shared; }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void* context), void* context) {
+void run(dim3 grid, dim3 block, size_t bytes, void (*body)(void* context), void* context) {
+  shared_bytes = bytes;
   num_threads = static_cast<int>(block.x * block.y * block.z);
   kernel_body = body;
   kernel_context = context;
@@ -301,6 +320,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void* context)
     barrier = {};
     warps.assign((num_threads + kWarpSize - 1) / kWarpSize, {});
     num_done = 0;
+    start_block();
     for (int i = 0; i < num_threads; ++i) {
       const unsigned u = static_cast<unsigned>(i);
       fibers[i]->thread = {{u % block.x, u / block.x % block.y, u / (block.x * block.y)},
@@ -314,6 +334,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void* context)
     release(&kernel_start);
     run_block();
     acquire(&kernel_end);
+    if (error.empty()) error = unfinished_loads();
   }
   std::free(shared);
   shared = nullptr;
@@ -332,6 +353,7 @@ void block_barrier(std::source_location where) {
   } else {
     barrier.arrived = 0;
     ++barrier.round;
+    publish_fenced();
     for (int i = 0; i < num_threads; ++i) fibers[i]->waits_for = nullptr;
   }
   acquire(event);

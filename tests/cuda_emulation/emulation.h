@@ -3,7 +3,8 @@
 // not compile. It checks what a GPU would leave undefined: a barrier or a warp operation that some threads miss, and
 // (shared memory starts as NaN, allocated to the byte) reads of what was never written.
 //
-// An asynchronous copy is NaN until its thread waits for it. The tensor cores' products are computed in float32.
+// An asynchronous copy is NaN until its thread waits for it. The tensor cores' products are computed in float32. What
+// is played of Hopper, and how its asynchronous instructions show bugs, says hopper.cpp.
 //
 // It does not play: several blocks at once, bank conflicts, timing.
 #pragma once
@@ -24,6 +25,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // one block runs at a time
 #define __align__(bytes) alignas(bytes)
 #define SELFFORCING_DYNAMIC_SHARED(name) \
@@ -85,6 +87,49 @@ void wait_for_copies(int newest_groups_left);
 void load_matrices(unsigned* to, const void* row, bool transposed, std::source_location where);
 void multiply_add(float* sum, const unsigned* a, const unsigned* b, float (*to_float)(uint16_t),
                   std::source_location where);
+
+// ---- Hopper (csrc/ptx/{barrier,bulk_copy,warpgroup}.cuh)
+
+void barrier_init(void* barrier, int arrivals, std::source_location where);
+void fence_barrier_init();
+void barrier_arrive(void* barrier, int expected_bytes, std::source_location where);
+void barrier_wait(void* barrier, unsigned parity, std::source_location where);
+void named_barrier(int id, int threads, bool waits, std::source_location where);
+void fence_async_proxy();
+
+// A tensor of four dimensions, the first contiguous, and the box that a copy is of.
+struct TensorMap {
+  unsigned char* data;
+  int element_bytes;
+  int64_t sizes[4];
+  int64_t strides[4];  // bytes, from dimension 1 on
+  int box[4];
+  int row_bytes;  // of the swizzle; 16: none
+};
+struct Coordinates {
+  int of[4];
+};
+void load_tile(void* target, const TensorMap& map, void* barrier, Coordinates first, std::source_location where);
+void store_tile(const TensorMap& map, const void* source, Coordinates first, std::source_location where);
+void commit_stores();
+void wait_for_stores_read(int newest_groups_left);
+
+// A product of a warpgroup as each of its threads asks for it; `a` is nullptr where the left factor has a descriptor.
+struct Product {
+  float* sum;
+  int columns;
+  const unsigned* a;
+  uint64_t a_descriptor, b_descriptor;
+  bool a_transposed, b_transposed, accumulate;
+  float (*to_float)(uint16_t);
+};
+// The address that a descriptor shall name, from the start of shared memory.
+unsigned matrix_start(const void* start, int leading_bytes, int stride_bytes, std::source_location where);
+void warpgroup_arrive();
+void multiply_warpgroup(const Product& product, std::source_location where);
+void commit_products();
+void wait_for_products(int newest_groups_left);
+void expect_complete(const float* sum);
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,

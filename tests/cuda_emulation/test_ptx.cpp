@@ -2,64 +2,14 @@
 // run on a GPU, the instructions themselves, before any kernel that is built on them.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "../../csrc/ptx/launch.cuh"
 #include "../../csrc/ptx/mma.cuh"
+#include "ptx_test.h"
+#include "test_ptx_hopper.h"
 
 namespace {
-
-using namespace selfforcing;
-using ptx::bfloat16;
-using ptx::float16;
-
-int passed = 0, failed = 0;
-
-void expect(bool right, const char* what) {
-  right ? ++passed : ++failed;
-  if (!right) std::printf("FAILED  %s\n", what);
-}
-
-// Memory that both the kernels and this program see.
-template <typename T>
-class Shared {
- public:
-  explicit Shared(size_t size) : size_(size) {
-#ifdef __CUDACC__
-    if (cudaMallocManaged(&data_, size * sizeof(T)) != cudaSuccess) std::abort();
-#else
-    data_ = static_cast<T*>(std::aligned_alloc(16, (size * sizeof(T) + 15) / 16 * 16));
-#endif
-  }
-  ~Shared() {
-#ifdef __CUDACC__
-    cudaFree(data_);
-#else
-    std::free(data_);
-#endif
-  }
-  Shared(const Shared&) = delete;
-  Shared& operator=(const Shared&) = delete;
-  T* data() { return data_; }
-  T& operator[](size_t i) { return data_[i]; }
-  size_t size() const { return size_; }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
-
-template <typename... Parameters, typename... Arguments>
-void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
-  bool right =
-      ptx::launch(kernel, dim3(1), dim3(static_cast<unsigned>(threads)), shared_bytes, nullptr, arguments...) == 0;
-#ifdef __CUDACC__
-  right = right && cudaDeviceSynchronize() == cudaSuccess;
-#endif
-  expect(right, "a kernel runs");
-}
 
 constexpr int kSide = 8, kMatrices = 4, kLoaded = kMatrices * kSide * kSide;
 
@@ -216,6 +166,7 @@ int main() {
   test_multiply_add<float16>("multiply_add<float16>");
   test_copies();
   test_arithmetic();
+  test_hopper();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
