@@ -53,17 +53,18 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
       "qk_norm_rope_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, Tensor start_frame, int[] grid) "
       "-> (Tensor grad_x, Tensor grad_weight)");
 
-  // sigma: float32 [B, F].
+  // sigma: float32 [B, F]. Noise is given, or drawn with seed and offset, int64 [1] or [B] (csrc/geometry/philox.h), on
+  // the device so that a captured graph replays with new noise.
   m.def("denoise_x0(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, float guidance_scale) -> Tensor");
   m.def(
-      "denoise_step(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, Tensor sigma_next, Tensor noise, "
-      "float guidance_scale) -> (Tensor x0, Tensor x_next)");
+      "denoise_step(Tensor flow, Tensor? flow_uncond, Tensor x_t, Tensor sigma, Tensor sigma_next, "
+      "Tensor? noise, Tensor? seed, Tensor? offset, float guidance_scale) -> (Tensor x0, Tensor x_next)");
   // A gradient that is not needed is an empty tensor [0].
   m.def(
       "denoise_backward(Tensor? grad_x0, Tensor? grad_x_next, Tensor sigma, Tensor? sigma_next, float guidance_scale, "
       "bool needs_flow, bool needs_flow_uncond, bool needs_x_t, bool needs_noise) "
       "-> (Tensor grad_flow, Tensor grad_flow_uncond, Tensor grad_x_t, Tensor grad_noise)");
-  m.def("add_noise(Tensor x0, Tensor noise, Tensor sigma) -> Tensor");
+  m.def("add_noise(Tensor x0, Tensor? noise, Tensor? seed, Tensor? offset, Tensor sigma) -> Tensor");
   m.def(
       "dmd_gradient(Tensor x, Tensor x0_fake, Tensor x0_real_cond, Tensor? x0_real_uncond, float guidance_scale) "
       "-> Tensor");

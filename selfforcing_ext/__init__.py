@@ -1,7 +1,7 @@
 """Ops for autoregressive video diffusion, in C++ and CUDA with autograd: block-causal attention, a paged KV cache,
 rotary embedding, denoising steps and modulation.
 
-``selfforcing_ext.mask`` needs torch alone; every other name loads the compiled ops when it is first used.
+``BlockCausalMask`` and ``PhiloxNoise`` need torch alone; every other name loads the compiled ops when it is first used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from selfforcing_ext.mask import BlockCausalMask
     from selfforcing_ext.modulate import gated_residual, modulated_layer_norm
     from selfforcing_ext.page_pool import PagePool, PoolStats
+    from selfforcing_ext.philox import PhiloxNoise
     from selfforcing_ext.rope import qk_norm_rope, rope_3d
     from selfforcing_ext.stream import Stream
 
@@ -27,6 +28,7 @@ __all__ = [
     "GraphedBlock",
     "PagePool",
     "PagedKVCache",
+    "PhiloxNoise",
     "PoolStats",
     "Stream",
     "add_noise",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "GraphedBlock": "graphs",
     "PagePool": "page_pool",
     "PagedKVCache": "kv_cache",
+    "PhiloxNoise": "philox",
     "PoolStats": "page_pool",
     "Stream": "stream",
     "add_noise": "denoise",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfforcing_ext.checks import check_float_tensor, dtype_name
 from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
+from selfforcing_ext.philox import PhiloxNoise
 
 
 @nvtx_range("denoise_step")
@@ -23,15 +24,15 @@ def denoise_step(
     x_t: Tensor,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
     sigma_next: Tensor | None = None,  # [B, F]
-    noise: Tensor | None = None,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise | None = None,  # [B, F, C, H, W]
 ) -> tuple[Tensor, Tensor | None]:
     """The clean latents that a flow prediction implies, and their noised version for the next step, in one pass.
 
-    Differentiable in flow, x_t and noise; the noise levels are constants.
+    Differentiable in flow, x_t and noise; the noise levels are constants. The same bits on every processor and GPU.
 
     Args:
         flow, x_t, noise: float32, bfloat16 or float16; flow and noise are cast to the dtype of x_t. Any strides;
-            latents whose [H, W] planes are not dense are copied.
+            latents whose [H, W] planes are not dense are copied. A ``PhiloxNoise`` is drawn in the same pass.
         sigma, sigma_next: noise levels of x_t and of the result, in [0, 1]; any floating dtype, used as float32.
 
     Returns:
@@ -41,7 +42,8 @@ def denoise_step(
 
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: shapes or devices that do not fit each other, or only one of ``sigma_next`` and ``noise`` given.
+        ValueError: shapes or devices that do not fit each other, only one of ``sigma_next`` and ``noise`` given, or a
+            seed or offset of noise that is not one.
     """
     return _denoise(flow, None, 1.0, x_t, sigma, sigma_next, noise)
 
@@ -54,7 +56,7 @@ def guided_denoise_step(
     x_t: Tensor,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
     sigma_next: Tensor | None = None,  # [B, F]
-    noise: Tensor | None = None,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise | None = None,  # [B, F, C, H, W]
 ) -> tuple[Tensor, Tensor | None]:
     """``denoise_step`` with flow = flow_uncond + guidance_scale (flow_cond - flow_uncond), in one pass.
 
@@ -68,13 +70,14 @@ def guided_denoise_step(
 @nvtx_range("add_noise")
 def add_noise(
     x0: Tensor,  # [B, F, C, H, W]
-    noise: Tensor,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
 ) -> Tensor:
     """x_t = (1 - sigma) x0 + sigma noise. Differentiable in x0 and noise; sigma is a constant.
 
     Args:
-        x0, noise: float32, bfloat16 or float16; noise is cast to the dtype of x0. Strides as in ``denoise_step``.
+        x0, noise: float32, bfloat16 or float16; noise is cast to the dtype of x0. Strides, and noise that is drawn, as
+            in ``denoise_step``.
         sigma: noise level, in [0, 1]; any floating dtype, used as float32.
 
     Returns:
@@ -84,7 +87,7 @@ def add_noise(
         TypeError, ValueError: as in ``denoise_step``.
     """
     _check_latents("x0", x0)
-    out: Tensor = call(ops.add_noise, x0, _like("noise", noise, "x0", x0), _noise_level("sigma", sigma, x0))
+    out: Tensor = call(ops.add_noise, x0, *_noise(noise, "x0", x0), _noise_level("sigma", sigma, x0))
     return out
 
 
@@ -131,7 +134,7 @@ def _denoise(
     x_t: Tensor,
     sigma: Tensor,
     sigma_next: Tensor | None,
-    noise: Tensor | None,
+    noise: Tensor | PhiloxNoise | None,
 ) -> tuple[Tensor, Tensor | None]:
     _check_latents("x_t", x_t)
     flow = _like("flow" if flow_uncond is None else "flow_cond", flow, "x_t", x_t)
@@ -146,9 +149,17 @@ def _denoise(
         given, missing = ("noise", "sigma_next") if sigma_next is None else ("sigma_next", "noise")
         raise ValueError(f"{missing} is None, but must be given together with {given}")
     sigma_next = _noise_level("sigma_next", sigma_next, x_t)
-    noise = _like("noise", noise, "x_t", x_t)
     x_next: Tensor
-    x0, x_next = call(ops.denoise_step, flow, flow_uncond, x_t, sigma, sigma_next, noise, float(guidance_scale))
+    x0, x_next = call(
+        ops.denoise_step,
+        flow,
+        flow_uncond,
+        x_t,
+        sigma,
+        sigma_next,
+        *_noise(noise, "x_t", x_t),
+        float(guidance_scale),
+    )
     return x0, x_next
 
 
@@ -168,6 +179,33 @@ def _like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Tensor:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")
     return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
+
+
+def _noise(
+    noise: Tensor | PhiloxNoise, other_name: str, other: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As the ops take it: the noise itself, or seed and offset to draw it with."""
+    if not isinstance(noise, PhiloxNoise):
+        return _like("noise", noise, other_name, other), None, None
+    return None, _number_tensor("seed", noise.seed, other), _number_tensor("offset", noise.offset, other)
+
+
+def _number_tensor(name: str, number: int | Tensor, latents: Tensor) -> Tensor:  # int64 [1] or [B]
+    if isinstance(number, int):
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} of noise is {number}, but must be in [-2^63, 2^63)")
+        return torch.full((1,), number, dtype=torch.int64, device=latents.device)
+    if not isinstance(number, Tensor) or number.dtype != torch.int64:
+        got = dtype_name(number.dtype) if isinstance(number, Tensor) else type(number).__name__
+        raise TypeError(f"{name} of noise is {got}, but must be an int or an int64 tensor")
+    if number.ndim != 1 or number.shape[0] not in (1, latents.shape[0]):
+        raise ValueError(
+            f"{name} of noise has shape {list(number.shape)}, but must be an int or have shape [1] or "
+            f"[{latents.shape[0]}] like the batch"
+        )
+    if number.device != latents.device:
+        raise ValueError(f"{name} of noise is on {number.device}, but must be on {latents.device} like the latents")
+    return number
 
 
 def _noise_level(name: str, sigma: Tensor, latents: Tensor) -> Tensor:  # float32 [B, F]
@@ -210,7 +248,7 @@ def _denoise_backward_fake(
 
 
 @torch.library.register_fake("selfforcing::add_noise")
-def _add_noise_fake(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def _add_noise_fake(x0: Tensor, *_: Any) -> Tensor:
     return x0.new_empty(x0.shape)
 
 
@@ -267,7 +305,7 @@ def _denoise_x0_backward(ctx: Any, grad_x0: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _denoise_step_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, _, sigma, sigma_next, _, ctx.guidance_scale = inputs
+    _, _, _, sigma, sigma_next, _, _, _, ctx.guidance_scale = inputs
     ctx.guided = inputs[1] is not None
     ctx.save_for_backward(sigma, sigma_next)
     ctx.set_materialize_grads(False)
@@ -278,11 +316,11 @@ def _denoise_step_backward(ctx: Any, grad_x0: Tensor | None, grad_x_next: Tensor
     scale = ctx.guidance_scale if ctx.guided else 1.0
     needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[5])
     flow, uncond, x_t, noise = _gradients(grad_x0, grad_x_next, sigma, sigma_next, scale, needs)
-    return flow, uncond, x_t, None, None, noise, None
+    return flow, uncond, x_t, None, None, noise, None, None, None
 
 
 def _add_noise_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+    ctx.save_for_backward(inputs[4])
 
 
 def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -290,7 +328,7 @@ def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (sigma,) = ctx.saved_tensors
     needs = (False, False, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
     _, _, x0, noise = _gradients(None, grad, sigma, sigma, 1.0, needs)
-    return x0, noise, None
+    return x0, noise, None, None, None
 
 
 def _no_second_derivative(*_: Any) -> None:

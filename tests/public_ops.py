@@ -12,6 +12,7 @@ from torch import Tensor
 from selfforcing_ext import (
     BlockCausalMask,
     PagedKVCache,
+    PhiloxNoise,
     add_noise,
     block_causal_attention,
     denoise_step,
@@ -98,6 +99,12 @@ OP_CALLS = (
             "sigma_next": LATENTS[:2],
             "noise": LATENTS,
         },
+        frozenset({"sigma", "sigma_next"}),
+    ),
+    OpCall(
+        "denoise_step with drawn noise",
+        lambda **tensors: denoise_step(noise=PhiloxNoise(7), **tensors),
+        {"flow": LATENTS, "x_t": LATENTS, "sigma": LATENTS[:2], "sigma_next": LATENTS[:2]},
         frozenset({"sigma", "sigma_next"}),
     ),
     OpCall("add_noise", add_noise, {"x0": LATENTS, "noise": LATENTS, "sigma": LATENTS[:2]}, frozenset({"sigma"})),

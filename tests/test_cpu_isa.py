@@ -1,5 +1,5 @@
-"""Every instruction set that this machine has passes parity tests of the elementwise ops and of quantised writes, each
-in its own process."""
+"""Every instruction set that this machine has passes parity tests of the elementwise ops, of drawn noise and of
+quantised writes, each in its own process."""
 
 import os
 import subprocess
@@ -20,7 +20,9 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 USE = "import torch, selfforcing_ext as ext; x = torch.ones(1, 1, 1, 1, 1); ext.add_noise(x, x, x[0, 0, 0])"
-SOME_TESTS = "parity and float16 and strided and not planes and not last or quantised_bits"  # matches bfloat16, too
+SOME_TESTS = (  # float16 matches bfloat16, too
+    "parity and float16 and strided and not planes and not last or quantised_bits or bits_of_the_reference"
+)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
@@ -29,7 +31,7 @@ def test_parity(isa):
     if CANNOT in probe.stderr:
         pytest.skip(f"this machine lacks {isa}")
     assert probe.returncode == 0, probe.stderr
-    files = [str(FOLDER / f"test_{op}.py") for op in ("rope", "denoise", "modulate", "kv_cache_write")]
+    files = [str(FOLDER / f"test_{op}.py") for op in ("rope", "denoise", "philox", "modulate", "kv_cache_write")]
     tests = run(isa, "-m", "pytest", "-q", "-k", SOME_TESTS, "-p", "no:cacheprovider", *files)
     assert tests.returncode == 0, tests.stdout[-4000:]
 

@@ -8,7 +8,7 @@ from compare import assert_same_bits
 from elementwise import DEVICES, DTYPES, NAMES, assert_as_accurate, assert_parity, num_threads, padded
 
 from python_ref.ops import denoise as definition
-from selfforcing_ext import add_noise, denoise_step, dmd_gradient, guided_denoise_step
+from selfforcing_ext import PhiloxNoise, add_noise, denoise_step, dmd_gradient, guided_denoise_step
 from selfforcing_ext.library import ops
 
 SHAPES = [
@@ -201,7 +201,7 @@ def test_same_bits_with_any_number_of_threads():
             assert_same_bits(actual.detach(), expected.detach())
 
 
-X, SIGMA = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3)
+X, SIGMA, SEED = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3), torch.tensor([3])
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,31 @@ X, SIGMA = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3)
         (lambda: guided_denoise_step(X, X[:1], 2.0, X, SIGMA), ValueError, r"flow_uncond has shape \[1, 3, 1, 4, 4\]"),
         (lambda: add_noise(X.double(), X, SIGMA), TypeError, "x0 is float64, but must be float32"),
         (lambda: add_noise(X, X[:1], SIGMA), ValueError, "noise has shape"),
+        (
+            lambda: add_noise(X, PhiloxNoise(0.5), SIGMA),
+            TypeError,
+            "seed of noise is float, but must be an int or an int64 tensor",
+        ),
+        (
+            lambda: add_noise(X, PhiloxNoise(2**63), SIGMA),
+            ValueError,
+            r"seed of noise is 9223372036854775808, but must be",
+        ),
+        (
+            lambda: add_noise(X, PhiloxNoise(SEED, SEED.int()), SIGMA),
+            TypeError,
+            "offset of noise is int32, but must be an int or an int64 tensor",
+        ),
+        (
+            lambda: add_noise(X, PhiloxNoise(SEED.repeat(3)), SIGMA),
+            ValueError,
+            r"seed of noise has shape \[3\], but must be an int or have shape \[1\] or \[2\] like the batch",
+        ),
+        (
+            lambda: add_noise(X, PhiloxNoise(SEED.to("meta")), SIGMA),
+            ValueError,
+            "seed of noise is on meta, but must be on cpu like the latents",
+        ),
         (lambda: dmd_gradient(X[0], X, X), ValueError, r"x has shape \[3, 1, 4, 4\], but must have five dimensions"),
         (lambda: dmd_gradient(X, X[:1], X), ValueError, "x0_fake has shape"),
         (lambda: dmd_gradient(X, X, X[:1]), ValueError, "x0_real_cond has shape"),
@@ -276,7 +301,20 @@ def test_bad_input(call, error, message):
             lambda: ops.denoise_x0(X, None, X, SIGMA[:1], 1.0),
             r"sigma has shape \[1, 3\], but must be \[B, F\] = \[2, 3\]",
         ),
-        (lambda: ops.denoise_step(X, None, X, SIGMA, SIGMA, X[:1], 1.0), "noise has shape"),
+        (lambda: ops.denoise_step(X, None, X, SIGMA, SIGMA, X[:1], None, None, 1.0), "noise has shape"),
+        (
+            lambda: ops.denoise_step(X, None, X, SIGMA, SIGMA, X, SEED, SEED, 1.0),
+            "denoise_step: either noise or seed and offset must be given",
+        ),
+        (
+            lambda: ops.add_noise(X, None, SEED, None, SIGMA),
+            "add_noise: either noise or seed and offset must be given",
+        ),
+        (
+            lambda: ops.add_noise(X, None, SEED, SEED.repeat(3), SIGMA),
+            r"add_noise: offset has shape \[3\], but must be \[1\] or \[B\] = \[2\]",
+        ),
+        (lambda: ops.add_noise(X, None, SEED.int(), SEED, SIGMA), "add_noise: seed is int32, but must be int64"),
         (
             lambda: ops.denoise_backward(None, None, SIGMA, None, 1.0, True, False, False, False),
             "grad_x0 and grad_x_next are both None, but one of them must be given",
@@ -289,7 +327,7 @@ def test_bad_input(call, error, message):
             lambda: ops.denoise_backward(X, None, SIGMA, None, 1.0, True, False, False, True),
             "needs_noise is true, but noise has no gradient without grad_x_next",
         ),
-        (lambda: ops.add_noise(X, X.half(), SIGMA), "noise is float16, but must be float32 like x0"),
+        (lambda: ops.add_noise(X, X.half(), None, None, SIGMA), "noise is float16, but must be float32 like x0"),
         (lambda: ops.dmd_gradient(X, X[:1], X, None, 0.0), "x0_fake has shape"),
     ],
 )

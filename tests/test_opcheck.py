@@ -101,14 +101,18 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "rope_3d", "empty", (x4[:, :0], start, [0, 2, 3], False)
     yield "qk_norm_rope", "empty", (x3[:, :0], weight, start, 2, [0, 2, 3], 1e-6)
 
+    seed, seeds = torch.tensor([3]), torch.tensor([4, 5])
     for name, latents in (("", (2, 3, 2, 3, 4)), ("empty", (0, 3, 2, 3, 4))):
         flow, uncond, x_t, noise = (torch.randn(latents) for _ in range(4))
         sigma, sigma_next = torch.rand(latents[:2]), torch.rand(latents[:2])
         for guidance, flow_uncond, scale in (("", None, 1.0), (" guided", uncond, 2.0)):
             yield "denoise_x0", name + guidance, (flow, flow_uncond, x_t, sigma, scale)
-            yield "denoise_step", name + guidance, (flow, flow_uncond, x_t, sigma, sigma_next, noise, scale)
+            step = flow, flow_uncond, x_t, sigma, sigma_next
+            yield "denoise_step", name + guidance, (*step, noise, None, None, scale)
+            yield "denoise_step", f"{name}{guidance} drawn", (*step, None, seed, seeds[: len(sigma)], scale)
             yield "dmd_gradient", name + guidance, (x_t, flow, noise, flow_uncond, scale)
-        yield "add_noise", name, (x_t, noise, sigma)
+        yield "add_noise", name, (x_t, noise, None, None, sigma)
+        yield "add_noise", f"{name} drawn", (x_t, None, seeds[: len(sigma)], seed, sigma)
         for needs in ((True,) * 4, (False, False, True, True), (True, False, False, False)):
             for grads in ((flow, x_t), (None, x_t)):
                 yield "denoise_backward", f"{name} {needs}", (*grads, sigma, sigma_next, 2.0, *needs)

@@ -2,6 +2,7 @@
 #include <float.h>
 
 #include "../simd/elements.h"
+#include "../simd/philox.h"
 #include "params.h"
 
 namespace selfforcing {
@@ -48,31 +49,60 @@ void for_all_runs(const LatentShape& shape, const Parallel& parallel, const Visi
   });
 }
 
+// Calls visit(run, noise) for the run, or for parts of it: noise(i, count) is that of its elements from i on.
+template <typename Element, typename Visit>
+SELFFORCING_INLINE void with_noise(const ConstLatents& given, const PhiloxNoise& drawn, const LatentShape& shape,
+                                   Run run, const Visit& visit) {
+  if (given.data != nullptr) {
+    const auto* noise = at<Element>(given, run);
+    visit(run, [&](int64_t i, int count) __attribute__((always_inline)) { return load<Element>(noise + i, count); });
+    return;
+  }
+  const PhiloxStream stream(drawn, run.batch);
+  const int64_t first = (run.frame * shape.channels + run.channel) * shape.plane, end = run.offset + run.size;
+  DrawnNormals numbers;
+  for (; run.offset < end; run.offset += run.size) {
+    run.size = end - run.offset < DrawnNormals::kMost ? end - run.offset : DrawnNormals::kMost;
+    const float* noise = numbers.draw(stream, first + run.offset, run.size);
+    visit(run, [&](int64_t i, int count) __attribute__((always_inline)) { return load<Float32>(noise + i, count); });
+  }
+}
+
+// Writes x0 of a run, and calls then(i, count, x0), x0 not rounded, for what follows from it.
+template <typename Element, typename Then>
+SELFFORCING_INLINE void denoise_run(const DenoiseParams& params, const Run& run, const Then& then) {
+  const bool guided = params.flow_uncond.data != nullptr;
+  const float sigma = params.sigma.at(run.batch, run.frame), scale = params.guidance_scale;
+  const auto* flow = at<Element>(params.flow, run);
+  const auto* flow_uncond = guided ? at<Element>(params.flow_uncond, run) : nullptr;
+  const auto* x_t = at<Element>(params.x_t, run);
+  auto* x0 = at<Element>(params.x0, run);
+  for_lanes(run.size, [&](int64_t i, int count) __attribute__((always_inline)) {
+    Floats direction = load<Element>(flow + i, count);
+    if (guided) {
+      const Floats uncond = load<Element>(flow_uncond + i, count);
+      direction = uncond + scale * (direction - uncond);
+    }
+    const Floats clean = load<Element>(x_t + i, count) - sigma * direction;
+    store<Element>(x0 + i, clean, count);
+    then(i, count, clean);
+  });
+}
+
 }  // namespace
 
 void denoise(const DenoiseParams& params) {
   with_element(params.shape.dtype, [&](auto element) {
     using Element = decltype(element);
-    const bool guided = params.flow_uncond.data != nullptr, step = params.x_next.data != nullptr;
     for_all_runs(params.shape, params.parallel, [&](const Run& run) {
-      const float sigma = params.sigma.at(run.batch, run.frame), scale = params.guidance_scale;
-      const float sigma_next = step ? params.sigma_next.at(run.batch, run.frame) : 0.0f;
-      const auto* flow = at<Element>(params.flow, run);
-      const auto* flow_uncond = guided ? at<Element>(params.flow_uncond, run) : nullptr;
-      const auto* x_t = at<Element>(params.x_t, run);
-      const auto* noise = step ? at<Element>(params.noise, run) : nullptr;
-      auto* x0 = at<Element>(params.x0, run);
-      auto* x_next = step ? at<Element>(params.x_next, run) : nullptr;
-      for_lanes(run.size, [&](int64_t i, int count) __attribute__((always_inline)) {
-        Floats direction = load<Element>(flow + i, count);
-        if (guided) {
-          const Floats uncond = load<Element>(flow_uncond + i, count);
-          direction = uncond + scale * (direction - uncond);
-        }
-        const Floats clean = load<Element>(x_t + i, count) - sigma * direction;
-        store<Element>(x0 + i, clean, count);
-        if (step)
-          store<Element>(x_next + i, (1.0f - sigma_next) * clean + sigma_next * load<Element>(noise + i, count), count);
+      if (params.x_next.data == nullptr)
+        return denoise_run<Element>(params, run, [](int64_t, int, Floats) __attribute__((always_inline)) {});
+      with_noise<Element>(params.noise, params.drawn, params.shape, run, [&](const Run& part, const auto& noise) {
+        const float sigma = params.sigma_next.at(part.batch, part.frame);
+        auto* x_next = at<Element>(params.x_next, part);
+        denoise_run<Element>(params, part, [&](int64_t i, int count, Floats x0) __attribute__((always_inline)) {
+          store<Element>(x_next + i, (1.0f - sigma) * x0 + sigma * noise(i, count), count);
+        });
       });
     });
   });
@@ -116,13 +146,13 @@ void add_noise(const AddNoiseParams& params) {
   with_element(params.shape.dtype, [&](auto element) {
     using Element = decltype(element);
     for_all_runs(params.shape, params.parallel, [&](const Run& run) {
-      const float sigma = params.sigma.at(run.batch, run.frame);
-      const auto* x0 = at<Element>(params.x0, run);
-      const auto* noise = at<Element>(params.noise, run);
-      auto* y = at<Element>(params.y, run);
-      for_lanes(run.size, [&](int64_t i, int count) __attribute__((always_inline)) {
-        store<Element>(y + i, (1.0f - sigma) * load<Element>(x0 + i, count) + sigma * load<Element>(noise + i, count),
-                       count);
+      with_noise<Element>(params.noise, params.drawn, params.shape, run, [&](const Run& part, const auto& noise) {
+        const float sigma = params.sigma.at(part.batch, part.frame);
+        const auto* x0 = at<Element>(params.x0, part);
+        auto* y = at<Element>(params.y, part);
+        for_lanes(part.size, [&](int64_t i, int count) __attribute__((always_inline)) {
+          store<Element>(y + i, (1.0f - sigma) * load<Element>(x0 + i, count) + sigma * noise(i, count), count);
+        });
       });
     });
   });

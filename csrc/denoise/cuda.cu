@@ -51,7 +51,30 @@ __device__ __forceinline__ void guided_flow(const DenoiseParams& params, const P
   for (int i = 0; i < kWidth; ++i) flow[i] = uncond[i] + params.guidance_scale * (flow[i] - uncond[i]);
 }
 
-template <typename T, int kWidth>
+// Where the noise of a call is, or that it is drawn.
+enum class NoiseSource { given, drawn };
+
+template <typename T, NoiseSource kSource, int kWidth>
+__device__ __forceinline__ void load_noise(const ConstLatents& given, const PhiloxNoise& drawn,
+                                           const LatentShape& shape, const Place& place, float (&noise)[kWidth]) {
+  if constexpr (kSource == NoiseSource::given) {
+    ptx::load_elements<T>(at<T>(given, place), noise);
+  } else {
+    // Threads that have several elements have whole blocks of them.
+    static_assert(kWidth == 1 || kWidth % kPhiloxNumbers == 0);
+    const PhiloxStream stream(drawn, place.batch);
+    const uint32_t first =
+        static_cast<uint32_t>((place.frame * shape.channels + place.channel) * shape.plane + place.offset);
+    float numbers[kPhiloxNumbers];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i % kPhiloxNumbers == 0) philox_normals<ScalarMachine>(stream, (first + i) / kPhiloxNumbers, numbers);
+      noise[i] = kWidth > 1 ? numbers[i % kPhiloxNumbers] : numbers[first % kPhiloxNumbers];
+    }
+  }
+}
+
+template <typename T, NoiseSource kSource, int kWidth>
 __global__ void __launch_bounds__(kThreads) denoise_kernel(const DenoiseParams params) {
   for_planes<kWidth>(params.shape, [&](const Place& place) {
     float flow[kWidth], x[kWidth];
@@ -63,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) denoise_kernel(const DenoiseParams p
     ptx::store_elements<T>(at<T>(params.x0, place), x);
     if (params.x_next.data == nullptr) return;
     float noise[kWidth];
-    ptx::load_elements<T>(at<T>(params.noise, place), noise);
+    load_noise<T, kSource>(params.noise, params.drawn, params.shape, place, noise);
     const float sigma_next = params.sigma_next.at(place.batch, place.frame);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = (1.0f - sigma_next) * x[i] + sigma_next * noise[i];
@@ -101,12 +124,12 @@ __global__ void __launch_bounds__(kThreads) denoise_backward_kernel(const Denois
   });
 }
 
-template <typename T, int kWidth>
+template <typename T, NoiseSource kSource, int kWidth>
 __global__ void __launch_bounds__(kThreads) add_noise_kernel(const AddNoiseParams params) {
   for_planes<kWidth>(params.shape, [&](const Place& place) {
     float x[kWidth], noise[kWidth];
     ptx::load_elements<T>(at<T>(params.x0, place), x);
-    ptx::load_elements<T>(at<T>(params.noise, place), noise);
+    load_noise<T, kSource>(params.noise, params.drawn, params.shape, place, noise);
     const float sigma = params.sigma.at(place.batch, place.frame);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = (1.0f - sigma) * x[i] + sigma * noise[i];
@@ -221,8 +244,10 @@ int32_t denoise_cuda(const DenoiseParams& params) {
         params.shape,
         [&](auto width) {
           constexpr int kWidth = decltype(width)::value;
-          return ptx::launch(denoise_kernel<T, kWidth>, plane_grid<kWidth>(params.shape), dim3(kThreads), 0,
-                             params.stream, params);
+          const auto kernel = params.x_next.data != nullptr && params.noise.data == nullptr
+                                  ? denoise_kernel<T, NoiseSource::drawn, kWidth>
+                                  : denoise_kernel<T, NoiseSource::given, kWidth>;
+          return ptx::launch(kernel, plane_grid<kWidth>(params.shape), dim3(kThreads), 0, params.stream, params);
         },
         params.flow, params.flow_uncond, params.x_t, params.noise, params.x0, params.x_next);
   });
@@ -250,8 +275,9 @@ int32_t add_noise_cuda(const AddNoiseParams& params) {
         params.shape,
         [&](auto width) {
           constexpr int kWidth = decltype(width)::value;
-          return ptx::launch(add_noise_kernel<T, kWidth>, plane_grid<kWidth>(params.shape), dim3(kThreads), 0,
-                             params.stream, params);
+          const auto kernel = params.noise.data == nullptr ? add_noise_kernel<T, NoiseSource::drawn, kWidth>
+                                                           : add_noise_kernel<T, NoiseSource::given, kWidth>;
+          return ptx::launch(kernel, plane_grid<kWidth>(params.shape), dim3(kThreads), 0, params.stream, params);
         },
         params.x0, params.noise, params.y);
   });

@@ -48,6 +48,15 @@ class LatentArguments {
     return {sigma.const_data_ptr<float>(), sigma.stride(0), sigma.stride(1)};
   }
 
+  // seed and offset of noise that is drawn: int64 [1] or [B].
+  PhiloxNoise drawn(const Tensor& seed, const Tensor& offset) const {
+    PhiloxNoise noise;
+    std::tie(noise.seeds, noise.seed_stride) = number_per_entry(seed, "seed");
+    std::tie(noise.offsets, noise.offset_stride) = number_per_entry(offset, "offset");
+    noise.own_seeds = seed.size(0) > 1;
+    return noise;
+  }
+
   bool empty() const { return first().numel() == 0; }
 
   // Contiguous, for an output.
@@ -64,6 +73,15 @@ class LatentArguments {
   }
 
  private:
+  std::tuple<const int64_t*, int64_t> number_per_entry(const Tensor& numbers, const char* name) const {
+    const std::string full = op_ + ": " + name;
+    const bool shared = numbers.dim() == 1 && numbers.size(0) == 1;
+    check_shape(numbers, full.c_str(), "[1] or [B]", {shared ? 1 : shape_.batch});
+    check_dtype(numbers, full.c_str(), ScalarType::Long);
+    check_same_device(numbers, full.c_str(), first(), first_name_);
+    return {numbers.const_data_ptr<int64_t>(), shared ? 0 : numbers.stride(0)};
+  }
+
   static constexpr size_t kMaxTensors = 4;  // of any op: references from add stay valid
 
   static Tensor with_dense_planes(const Tensor& tensor) {
@@ -109,15 +127,29 @@ Tensor denoise_x0(const Tensor& flow, const std::optional<Tensor>& flow_uncond, 
   return x0;
 }
 
-// The same with sigma_next float32 [B, F] and noise [B, F, C, H, W]. -> x0, x_next [B, F, C, H, W]
+// Fills the noise of an op: given, or drawn with seed and offset.
+template <typename Params>
+void set_noise(Params& p, LatentArguments& latents, const char* op, const std::optional<Tensor>& noise,
+               const std::optional<Tensor>& seed, const std::optional<Tensor>& offset) {
+  check(noise.has_value() != seed.has_value() && seed.has_value() == offset.has_value(), op,
+        ": either noise or seed and offset must be given");
+  if (noise.has_value())
+    p.noise = const_latents(latents.add(*noise, "noise"));
+  else
+    p.drawn = latents.drawn(*seed, *offset);
+}
+
+// The same with sigma_next float32 [B, F] and noise [B, F, C, H, W], or seed and offset int64 [1] or [B] to draw it
+// with. -> x0, x_next [B, F, C, H, W]
 std::tuple<Tensor, Tensor> denoise_step(const Tensor& flow, const std::optional<Tensor>& flow_uncond, const Tensor& x_t,
-                                        const Tensor& sigma, const Tensor& sigma_next, const Tensor& noise,
-                                        double guidance_scale) {
+                                        const Tensor& sigma, const Tensor& sigma_next,
+                                        const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
+                                        const std::optional<Tensor>& offset, double guidance_scale) {
   LatentArguments latents("denoise_step", x_t, "x_t");
   DenoiseParams p;
   p.x_t = const_latents(latents.first());
   set_flow(p, latents, flow, flow_uncond, guidance_scale);
-  p.noise = const_latents(latents.add(noise, "noise"));
+  set_noise(p, latents, "denoise_step", noise, seed, offset);
   p.sigma = latents.sigmas(sigma, "sigma");
   p.sigma_next = latents.sigmas(sigma_next, "sigma_next");
   p.shape = latents.shape();
@@ -167,12 +199,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> denoise_backward(const std::optional<
   return {grad_flow, grad_flow_uncond, grad_x_t, grad_noise};
 }
 
-// x0, noise [B, F, C, H, W]; sigma float32 [B, F]. -> x_t [B, F, C, H, W]
-Tensor add_noise(const Tensor& x0, const Tensor& noise, const Tensor& sigma) {
+// x0, noise [B, F, C, H, W], or seed and offset as in denoise_step; sigma float32 [B, F]. -> x_t [B, F, C, H, W]
+Tensor add_noise(const Tensor& x0, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
+                 const std::optional<Tensor>& offset, const Tensor& sigma) {
   LatentArguments latents("add_noise", x0, "x0");
   AddNoiseParams p;
   p.x0 = const_latents(latents.first());
-  p.noise = const_latents(latents.add(noise, "noise"));
+  set_noise(p, latents, "add_noise", noise, seed, offset);
   p.sigma = latents.sigmas(sigma, "sigma");
   p.shape = latents.shape();
   Tensor y = latents.output();

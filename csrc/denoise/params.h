@@ -2,6 +2,7 @@
 #pragma once
 #include "../geometry/host_device.h"
 #include "../geometry/parallel.h"
+#include "../geometry/philox.h"
 #include "../geometry/tensor.h"
 
 namespace selfforcing {
@@ -40,11 +41,15 @@ struct Sigmas {
 };
 
 // flow = flow_uncond + guidance_scale (flow - flow_uncond) if there is a flow_uncond;
-// x0 = x_t - sigma flow; x_next = (1 - sigma_next) x0 + sigma_next noise, of the unrounded x0.
+// x0 = x_t - sigma flow; x_next = (1 - sigma_next) x0 + sigma_next noise, of the unrounded x0. Every operation is
+// rounded by itself, to float32: all kernels give the bits of the reference (but for bfloat16 results below 2^-126,
+// which the instruction of AVX512-BF16 takes for 0).
 struct DenoiseParams {
   LatentShape shape;
-  ConstLatents flow, flow_uncond, x_t, noise;  // flow_uncond.data nullptr: no guidance
-  MutableLatents x0, x_next;                   // x_next.data nullptr: not asked for, noise and sigma_next unused
+  ConstLatents flow, flow_uncond, x_t;  // flow_uncond.data nullptr: no guidance
+  MutableLatents x0, x_next;            // x_next.data nullptr: not asked for, noise and sigma_next unused
+  ConstLatents noise;                   // data nullptr: drawn, in float32
+  PhiloxNoise drawn;
   Sigmas sigma, sigma_next;
   float guidance_scale = 1.0f;
 
@@ -64,10 +69,12 @@ struct DenoiseBackwardParams {
   void* stream = nullptr;  // CUDA
 };
 
-// y = (1 - sigma) x0 + sigma noise.
+// y = (1 - sigma) x0 + sigma noise, with the same bits everywhere.
 struct AddNoiseParams {
   LatentShape shape;
-  ConstLatents x0, noise;
+  ConstLatents x0;
+  ConstLatents noise;  // data nullptr: drawn, in float32
+  PhiloxNoise drawn;
   MutableLatents y;
   Sigmas sigma;
 

@@ -11,15 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from python_ref.ops.philox import normal_noise
+from selfforcing_ext.philox import PhiloxNoise
+
 
 def denoise_step(
     flow: Tensor,  # [B, F, C, H, W]
     x_t: Tensor,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
     sigma_next: Tensor | None = None,  # [B, F]
-    noise: Tensor | None = None,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise | None = None,  # [B, F, C, H, W]
 ) -> tuple[Tensor, Tensor | None]:
     """The clean latents that a flow prediction implies, and their noised version for the next step.
+
+    Args:
+        noise: given, or drawn as ``PhiloxNoise`` says.
 
     Returns:
         x0 = x_t - sigma flow, and (1 - sigma_next) x0 + sigma_next noise, or None if ``sigma_next`` is None. Both in
@@ -45,7 +51,7 @@ def guided_denoise_step(
     x_t: Tensor,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
     sigma_next: Tensor | None = None,  # [B, F]
-    noise: Tensor | None = None,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise | None = None,  # [B, F, C, H, W]
 ) -> tuple[Tensor, Tensor | None]:
     """``denoise_step`` with flow = flow_uncond + guidance_scale (flow_cond - flow_uncond).
 
@@ -58,10 +64,12 @@ def guided_denoise_step(
 
 def add_noise(
     x0: Tensor,  # [B, F, C, H, W]
-    noise: Tensor,  # [B, F, C, H, W]
+    noise: Tensor | PhiloxNoise,  # [B, F, C, H, W]
     sigma: Tensor,  # [B, F]
 ) -> Tensor:
     """x_t = (1 - sigma) x0 + sigma noise, in the dtype of x0."""
+    if isinstance(noise, PhiloxNoise):
+        noise = normal_noise(x0.shape, noise, x0.device)
     dtype = torch.promote_types(x0.dtype, torch.float32)
     level = _per_frame(sigma, dtype)
     return ((1 - level) * x0.to(dtype) + level * noise.to(dtype)).to(x0.dtype)
