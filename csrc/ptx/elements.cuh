@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_elements(T* to, const float (&values)[kWid
       for (int j = 0; j < kVector<T>; ++j) elements[j] = from_float<T>(values[i + j]);
       uint4 bits;
       memcpy(&bits, elements, sizeof(bits));
-      *reinterpret_cast<uint4*>(to + i) = bits;
+      store_16_bytes(to + i, bits);
     }
   } else {
 #pragma unroll

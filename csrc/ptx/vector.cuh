@@ -7,6 +7,19 @@ namespace selfforcing::ptx {
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements
 
+// st.global.v4.b32 (PTX ISA, "Data Movement and Conversion Instructions: st"): 16 bytes of device memory, aligned
+// to 16. Assigned, a uint4 that was put together from elements often becomes four stores of 4 bytes, which take four
+// times the transactions: nvcc takes it apart and does not find it again.
+__device__ __forceinline__ void store_16_bytes(void* target, uint4 bits) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)), "r"(bits.x),
+               "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(target) = bits;
+#endif
+}
+
 // 16 bytes starting at `source`. Not aligned to 16 bytes: element by element.
 template <typename T>
 __device__ __forceinline__ uint4 load_vector(const T* source, bool aligned) {
@@ -22,7 +35,7 @@ __device__ __forceinline__ uint4 load_vector(const T* source, bool aligned) {
 template <typename T>
 __device__ __forceinline__ void store_vector(T* target, uint4 bits, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<uint4*>(target) = bits;
+    store_16_bytes(target, bits);
     return;
   }
   T elements[kVector<T>];
