@@ -135,6 +135,7 @@ bool same_place(std::source_location a, std::source_location b) {
 
 void fail(std::source_location where, const char* what, const std::source_location* others) {
   {
+    const Unseen unseen;
     const Thread& t = running->thread;
     error = "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " +
             std::to_string(t.block.z) + "), thread " + std::to_string(t.warp * kWarpSize + t.lane) + ", " +

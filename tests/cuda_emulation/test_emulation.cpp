@@ -9,6 +9,7 @@
 
 #include "../../csrc/ptx/launch.cuh"
 #include "../../csrc/ptx/mma.cuh"
+#include "test_emulation_hopper.h"
 
 namespace {
 
@@ -189,6 +190,22 @@ void test_narrow_floats() {
          "NaN stays");
 }
 
+void test_hopper() {
+  // An empty `part`: no error.
+  const auto check = [](const std::string& error, const std::string& part, const char* what) {
+    expect(part.empty() ? error.empty() : contains(error, part.c_str()), what);
+    if (part.empty() ? !error.empty() : !contains(error, part.c_str())) std::printf("        %s\n", error.c_str());
+  };
+  for (const emulation::Order order :
+       {emulation::Order::forward, emulation::Order::reverse, emulation::Order::random}) {
+    emulation::set_order(order);
+    hopper::test_barriers(check);
+    hopper::test_copies(check);
+    hopper::test_products(check);
+  }
+  emulation::set_order(emulation::Order::forward);
+}
+
 }  // namespace
 
 int main() {
@@ -198,6 +215,7 @@ int main() {
   test_warps();
   test_places();
   test_narrow_floats();
+  test_hopper();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
