@@ -60,14 +60,14 @@ SIZES = {
 class Stream:
     """One backend in the middle of a video: the window is full."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, backend: str) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.model = CausalWanModel(size.config, backend=backend).to(dtype)
+        self.model = CausalWanModel(size.config, backend=backend).to(device, dtype).requires_grad_(False)
         torch.nn.init.normal_(self.model.head.head.weight, std=0.02)  # zero at first: then nothing would move
         shape = (size.batch, BLOCK_FRAMES, *size.latents)
-        self.noise = torch.randn(shape).to(dtype)
+        self.noise = torch.randn(shape).to(device, dtype)
         self.context = self.model.encode_context(
-            torch.randn(size.batch, size.config.text_len, size.config.text_dim).to(dtype)
+            torch.randn(size.batch, size.config.text_len, size.config.text_dim).to(device, dtype)
         )
         self.cache = self.model.make_cache(shape, None, size.window_frames)
         for _ in range(size.window_frames // BLOCK_FRAMES):
@@ -75,22 +75,26 @@ class Stream:
 
     def step(self, x_t: Tensor, index: int) -> Tensor:
         """Latents for the next step; the last step's are clean."""
-        shape = x_t.shape[:2]
-        flow = self.model(x_t, torch.full(shape, STEPS[index]), self.context, cache=self.cache)
-        sigma = torch.full(shape, STEPS[index] / 1000)
+        flow = self.model(x_t, self._per_frame(x_t, STEPS[index]), self.context, cache=self.cache)
+        sigma = self._per_frame(x_t, STEPS[index] / 1000)
         if index + 1 == len(STEPS):
             return self.model.ops.denoise_step(flow, x_t, sigma)[0]
-        sigma_next = torch.full(shape, STEPS[index + 1] / 1000)
+        sigma_next = self._per_frame(x_t, STEPS[index + 1] / 1000)
         return self.model.ops.denoise_step(flow, x_t, sigma, sigma_next, self.noise)[1]
 
     def clean_pass(self, x0: Tensor) -> None:
-        self.model(x0, torch.zeros(x0.shape[:2]), self.context, cache=self.cache, commit=True)
+        self.model(x0, self._per_frame(x0, 0.0), self.context, cache=self.cache, commit=True)
 
-    def block(self) -> None:
+    def block(self) -> Tensor:
         x = self.noise
         for index in range(len(STEPS)):
             x = self.step(x, index)
         self.clean_pass(x)
+        return x
+
+    @staticmethod
+    def _per_frame(x: Tensor, value: float) -> Tensor:
+        return torch.full(x.shape[:2], value, device=x.device)
 
 
 PARTS: dict[str, Callable[[Stream], Callable[[], object]]] = {

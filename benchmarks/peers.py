@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from selfforcing_ext import BlockCausalMask
@@ -22,6 +24,30 @@ Block = tuple[slice, list[slice]]  # queries, and the runs of keys they see
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def with_backend(attention: Attention, backend: SDPBackend) -> Attention:
+    """The same by one kernel of torch's; it raises RuntimeError where that does not run."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attention(q, k, v)
+
+    return attend
+
+
+def flash_attn(version: int) -> Attention:
+    """The flash-attn package, 2 or 3, without a mask. Raises ImportError if it is not installed."""
+    if version == 2:
+        from flash_attn import flash_attn_func
+    else:
+        from flash_attn_interface import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Any = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
 
 
 def blocks_of(mask: BlockCausalMask) -> list[Block]:
@@ -102,10 +128,23 @@ def flex(mask: BlockCausalMask) -> Attention:
 
     visible = mask.dense()
     block_mask = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, mask.seqlen, mask.seqlen, device="cpu")
-    compiled = torch.compile(flex_attention)
+    return _flex(torch.compile(flex_attention), block_mask)
 
+
+def flex_block_causal(mask: BlockCausalMask, device: str, compiled: bool = True) -> Attention:
+    """The same without window and sink, where a formula says who sees whom: what one would write for a long video."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tokens = mask.frames_per_block * mask.frame_seqlen
+    length = mask.seqlen
+    block_mask = create_block_mask(lambda b, h, i, j: j // tokens <= i // tokens, None, None, length, length, device)
+    return _flex(torch.compile(flex_attention) if compiled else flex_attention, block_mask)
+
+
+def _flex(attention: Callable[..., Any], block_mask: object) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=block_mask).transpose(1, 2)
+        out: Tensor = attention(q, k, v, block_mask=block_mask)
+        return out.transpose(1, 2)
 
     return attend

@@ -101,6 +101,7 @@ class RolloutConfig:
     rope: str = "on_write"  # or "on_read": positions are counted from the first visible frame, so that they never grow
     quantization: str | None = None  # of cached keys and values: "int8", "fp8_e4m3", "int4"
     past_bias: list[float] | None = None  # added to the scores of (sink, past, own block)
+    use_cuda_graph: bool = False  # generation: every block as one CUDA graph, on a GPU
 
     def __post_init__(self) -> None:
         _check_choice("rollout.rope", self.rope, ("on_write", "on_read"))

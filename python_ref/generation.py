@@ -52,6 +52,7 @@ def generate_causal(
         context_noise=rollout.context_noise,
         **rollout.blocks(),
         cache_options=rollout.cache_options(),
+        use_cuda_graph=rollout.use_cuda_graph,
     )
     noise = torch.randn(network.latent_shape(len(captions), num_frames - given), generator=generator)
     with network_precision(precision):

@@ -1,33 +1,40 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, for a machine with a GPU, nvcc and a CUDA torch, without internet: builds for this
-# GPU alone, runs the GPU tests, compute-sanitizer on small shapes and short benchmarks, and writes
-# benchmarks/results/<device>-<commit>.json and .md. Parts after a failed one still run; the last line counts them.
+# GPU alone, runs the GPU tests, the benchmarks beside their targets, compute-sanitizer on small shapes and ncu on the
+# attention kernels, and writes benchmarks/results/<device>-<commit>.json and .md. The report is written anew after every
+# part, and each part has its own limit: what a failed or interrupted run has found is there. The last line counts.
 #
 #   scripts/gpu_check.sh             PYTHON names the interpreter (default python3), MAX_JOBS the compilers at work,
-#                                    TEST_JOBS the tests at a time, COMMIT the commit where there is no git
+#                                    TEST_JOBS the tests at a time, COMMIT the commit where there is no git, LIMIT the
+#                                    seconds in all (default 465), RESULTS and WORK the folders of reports and of logs;
+#                                    PYTHONPATH is kept (a folder with packages that the machine lacks)
 #   scripts/gpu_check.sh --dry-run   prints the commands of each part and runs none
+#   scripts/gpu_check.sh --rehearse  runs what runs without a GPU, the benchmarks on small shapes: proves this script
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-dry_run=false
-[ "${1:-}" != --dry-run ] || dry_run=true
+mode=${1:-}
 python=${PYTHON:-python3}
+limit=${LIMIT:-465}
 
 stop() {
   echo "selfforcing_ext: $*" >&2
   exit 1
 }
 
+case $mode in '' | --dry-run | --rehearse) ;; *) stop "$mode is unknown; accepted: --dry-run, --rehearse" ;; esac
+
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
 nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
-[ -x "$nvcc" ] || $dry_run || stop "nvcc was not found; set CUDA_HOME to a toolkit"
+[ -x "$nvcc" ] || [ -n "$mode" ] || stop "nvcc was not found; set CUDA_HOME to a toolkit"
 if [ -z "${CUDA_HOME:-}" ] && [ -x "$nvcc" ]; then
   CUDA_HOME=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' | xargs realpath)
   export CUDA_HOME
 fi
 
-if $dry_run; then
-  device=${DEVICE:-some-gpu} architecture=${TORCH_CUDA_ARCH_LIST:-9.0a}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if [ -n "$mode" ]; then
+  device=${mode#--} architecture=${TORCH_CUDA_ARCH_LIST:-9.0a}
 else
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     stop "$python has no torch that sees a CUDA device; set PYTHON to one that has"
@@ -37,91 +44,140 @@ else
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')}
 fi
-export TORCH_CUDA_ARCH_LIST=$architecture SELFFORCING_CUDA=1 PYTHONPATH=$PWD
+export TORCH_CUDA_ARCH_LIST=$architecture SELFFORCING_CUDA=1
 commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-results=benchmarks/results/$device-$commit
-work=build/gpu-check
-mkdir -p "$work"
+results=${RESULTS:-benchmarks/results}/$device-$commit
+work=${WORK:-build/gpu-check}
 
 passed=0
 failed=0
-summary=()
 
-# part NAME COMMAND...: runs one part, its output to the terminal and to a log, and notes how it ended and how long it took.
+report() {
+  "$python" benchmarks/gpu_report.py "$work" "$results" || echo "selfforcing_ext: the report could not be written" >&2
+}
+
+note() {
+  printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$work/parts.tsv"
+  report
+}
+
+# part NAME SECONDS COMMAND...: runs one part, its output to the terminal and to a log, for so many seconds at most and as
+# long as the whole has time, and notes how it ended.
 part() {
-  local name=$1 log=$work/${1// /-}.log start=$SECONDS
-  shift
+  local name=$1 seconds=$2 log=$work/${1// /-}.log start=$SECONDS left=$((limit - SECONDS)) outcome=passed status=0
+  shift 2
   printf '\n=== %s  %s\n' "$(date +%H:%M:%S)" "$name"
-  if $dry_run; then
+  if [ "$mode" = --dry-run ]; then
     printf '   '
     printf ' %q' "$@"
     printf '\n'
     return
   fi
-  local outcome=passed
-  if "$@" 2>&1 | tee "$log"; then
-    passed=$((passed + 1))
-  else
-    outcome=FAILED
+  if [ "$left" -lt 10 ]; then
+    note "$name" "NOT RUN, no time is left" 0
     failed=$((failed + 1))
+    return
   fi
-  summary+=("| $name | $outcome | $((SECONDS - start)) s | $(tail -n 1 "$log" | tr '|' '/' | cut -c1-120) |")
+  timeout --kill-after=5 "$((left < seconds ? left : seconds))" "$@" 2>&1 | tee "$log" || status=$?
+  case $status in
+  0) passed=$((passed + 1)) ;;
+  124 | 137) outcome="TIMED OUT" failed=$((failed + 1)) ;;
+  *) outcome=FAILED failed=$((failed + 1)) ;;
+  esac
+  note "$name" "$outcome" "$((SECONDS - start))"
+  [ "$status" -eq 0 ]
 }
 
-# The instructions themselves first: what the emulation takes them for is what the kernels are built on.
-part instructions bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./} tests/cuda_emulation/test_ptx.cpp \
-  -o $work/test_ptx && $work/test_ptx"
-part build "$python" setup.py -q build_ext --inplace
-part "registration" "$python" scripts/check_registration.py .
-part "self-test" "$python" -m selfforcing_ext.info
-# The tests of ops, which need no more than torch.
-part "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider -n "${TEST_JOBS:-4}" \
-  tests/test_{cuda,rope,denoise,modulate,kv_cache_write}.py
-sanitizer=$CUDA_HOME/bin/compute-sanitizer
-[ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer || true)
-if [ -n "$sanitizer" ] || $dry_run; then
-  for tool in memcheck racecheck; do
-    # A few small cases of our own kernels: the tools slow them down a hundredfold, and find hazards in those of libraries
-    # that the tests compare with. torch's caching allocator would hide overruns.
-    part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --tool "$tool" \
-      --kernel-regex kns=selfforcing --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/test_cuda.py \
-      -k "rows_without_keys or (past_in_pages and page7) or (any_shape_and_layout and 7x13by2 and (d8 or d72 or d256))"
-  done
-else
-  echo "WARNING: compute-sanitizer was not found; memcheck and racecheck were NOT RUN" >&2
-  summary+=("| memcheck, racecheck | NOT RUN | | compute-sanitizer was not found |")
-fi
-part benchmarks "$python" benchmarks/gpu.py --json "$work/benchmarks.json"
+# The same, for what needs a GPU.
+gpu_part() {
+  if [ "$mode" = --rehearse ]; then
+    note "$1" "NOT RUN, there is no GPU" 0
+  else
+    part "$@"
+  fi
+}
 
-$dry_run && exit 0
-mkdir -p benchmarks/results
-{
-  echo "# $device, commit $commit, $(date +%Y-%m-%d)"
-  echo
-  "$python" -c 'import torch; print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, architecture '"$architecture"'")'
-  printf '\n| part | outcome | time | last line |\n| --- | --- | --- | --- |\n'
-  printf '%s\n' "${summary[@]}"
-  echo
-  grep '^|' "$work/benchmarks.log" || true
-} >"$results.md"
-"$python" - "$work/benchmarks.json" "$results.json" "$device" "$commit" "$passed" "$failed" <<'PYTHON'
+# tool NAME: where the toolkit or the path has it.
+tool() {
+  if [ -x "${CUDA_HOME:-}/bin/$1" ]; then echo "$CUDA_HOME/bin/$1"; else command -v "$1" || true; fi
+}
+
+if [ "$mode" != --dry-run ]; then
+  mkdir -p "$work"
+  rm -f "$work"/{facts.json,parts.tsv,ncu.csv} "$work"/*.log "$work"/benchmarks*.json
+  "$python" - "$device" "$commit" "$architecture" >"$work/facts.json" <<'PYTHON'
 import json
 import sys
-from pathlib import Path
+import time
 
 import torch
 
-rows, target, device, commit, passed, failed = sys.argv[1:]
-report = {
-    "device": device,
-    "commit": commit,
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
-    "parts_passed": int(passed),
-    "parts_failed": int(failed),
-    "benchmarks": json.loads(Path(rows).read_text()) if Path(rows).exists() else [],
-}
-Path(target).write_text(json.dumps(report, indent=1) + "\n")
+names = ("device", "commit", "architecture")
+facts = dict(zip(names, sys.argv[1:], strict=True)) | {"torch": torch.__version__, "cuda": torch.version.cuda}
+print(json.dumps(facts | {"date": time.strftime("%Y-%m-%d")}))
 PYTHON
+fi
+
+# The instructions themselves first: what the emulation takes them for is what the kernels are built on.
+gpu_part instructions 40 bash -c "\"$nvcc\" -x cu -std=c++20 -arch=sm_${architecture/./} tests/cuda_emulation/test_ptx.cpp \
+  -o $work/test_ptx && $work/test_ptx" || true
+gpu_part build 200 "$python" setup.py -q build_ext --inplace || true
+gpu_part registration 30 "$python" scripts/check_registration.py . || true
+part self-test 40 "$python" -m selfforcing_ext.info || true
+
+# The tests of ops, which need no more than torch. Hopper's own attention kernels are a path beside the others.
+pytest=("$python" -m pytest -q -m gpu -p no:cacheprovider)
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n "${TEST_JOBS:-4}")
+hopper=false
+[ "${architecture%a}" != 9.0 ] || hopper=true
+part "GPU tests" 110 "${pytest[@]}" "${workers[@]}" tests/test_{cuda,rope,denoise,modulate,kv_cache_write}.py || true
+hopper_works=false
+if $hopper && gpu_part "GPU tests, Hopper's path" 80 env SELFFORCING_HOPPER=1 "${pytest[@]}" "${workers[@]}" tests/test_cuda.py; then
+  hopper_works=true
+fi
+
+# A kernel that hangs or writes where it must not takes its process with it: paths that failed are timed on their own.
+benchmarks=("$python" benchmarks/gpu.py)
+if [ "$mode" = --rehearse ]; then
+  part benchmarks 120 "${benchmarks[@]}" --rehearse --seconds 0.02 --json "$work/benchmarks.json" || true
+elif ! $hopper || $hopper_works; then
+  part benchmarks 150 "${benchmarks[@]}" --json "$work/benchmarks.json" || true
+else
+  part benchmarks 130 "${benchmarks[@]}" --path mma --json "$work/benchmarks.json" || true
+  part "benchmarks, Hopper's path" 60 "${benchmarks[@]}" --path hopper --only on --json "$work/benchmarks-hopper.json" || true
+fi
+
+# A few small cases of our own kernels: the tools slow them down a hundredfold, and find hazards in those of libraries that
+# the tests compare with. torch's caching allocator would hide overruns.
+sanitizer=$(tool compute-sanitizer)
+small="rows_without_keys or (past_in_pages and page7) or (any_shape_and_layout and 7x13by2 and (d8 or d72 or d256))"
+small_hopper="bfloat16 and ((past_in_pages and page64) or (any_shape_and_layout and (full65x129 or (7x13by2 and b2))))"
+sanitize() {
+  local name=$1 path=$2 cases=$3
+  gpu_part "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 SELFFORCING_HOPPER="$path" "${sanitizer:-compute-sanitizer}" \
+    --tool "${name%%,*}" --kernel-name kns=selfforcing --error-exitcode 9 "${pytest[@]}" -x tests/test_cuda.py -k "$cases" || true
+}
+if [ -n "$sanitizer" ] || [ -n "$mode" ]; then
+  for name in memcheck racecheck synccheck; do
+    sanitize "$name" 0 "$small"
+    ! $hopper || sanitize "$name, Hopper's path" 1 "$small_hopper"
+  done
+else
+  echo "WARNING: compute-sanitizer was not found; memcheck, racecheck and synccheck were NOT RUN" >&2
+  note "memcheck, racecheck, synccheck" "NOT RUN, compute-sanitizer was not found" 0
+fi
+
+# What the attention kernels are bound by. Clocks stay as they are.
+ncu=$(tool ncu)
+if [ -n "$ncu" ] || [ -n "$mode" ]; then
+  metrics=$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import gpu_report; print(",".join(gpu_report.NCU_METRICS))')
+  gpu_part ncu 90 "${ncu:-ncu}" --csv --page raw --print-units base --clock-control none --log-file "$work/ncu.csv" \
+    --kernel-name "regex:^(mma|hopper|float32)_" --launch-count 24 --metrics "$metrics" "${benchmarks[@]}" --once || true
+else
+  note ncu "NOT RUN, ncu was not found" 0
+fi
+
+[ "$mode" != --dry-run ] || exit 0
 printf '\nWrote %s.md and %s.json\n%d passed, %d failed\n' "$results" "$results" "$passed" "$failed"
 [ "$failed" -eq 0 ]
