@@ -25,14 +25,14 @@ namespace selfforcing::ptx {
 struct MatrixDescriptor {
   uint64_t bits;
 
-  // The same `bytes` later: the next 16 columns of k, or other rows. Stays where the swizzle's first row is.
+  // The same `bytes` later: the next 16 values of k, or another part of m or n.
   __host__ __device__ constexpr MatrixDescriptor advanced(int bytes) const {
     return {bits + static_cast<uint64_t>(bytes >> 4)};
   }
 };
 
-// m and n are called the other dimension here. With R = row_bytes(swizzle), elements are found as follows, and the
-// result swizzled as an address.
+// What matrix_descriptor takes. m and n are called the other dimension here. With R = row_bytes(swizzle), elements are
+// found as follows, and the result is swizzled as an address.
 //
 // K-major (not transposed: 16 values of k of one row or column lie together): eight rows of R bytes follow each other,
 // the next eight `stride_bytes` later. R >= 32 holds the 16 values of k, `leading_bytes` is not used; without a swizzle
@@ -46,18 +46,8 @@ struct MatrixDescriptor {
 // A tile that load_tile has put there, [rows, R bytes] for each box, thus has stride_bytes = 8 R, and leading_bytes is
 // from box to box. `start` and both distances are multiples of 16; `start` lies in the first row of the swizzle's
 // pattern: advance along k within a K-major row, or by whole patterns.
-__device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress start, int leading_bytes, int stride_bytes,
-                                                              Swizzle swizzle
-#ifndef __CUDACC__
-                                                              ,
-                                                              EmulationSite where = EmulationSite::current()
-#endif
-) {
-#ifdef __CUDACC__
-  const unsigned address = start;
-#else
-  const unsigned address = emulation::matrix_start(start, leading_bytes, stride_bytes, where);
-#endif
+__host__ __device__ constexpr MatrixDescriptor encode_matrix_descriptor(unsigned address, int leading_bytes,
+                                                                        int stride_bytes, Swizzle swizzle) {
   const auto encode = [](unsigned bytes) { return static_cast<uint64_t>((bytes & 0x3ffffu) >> 4); };
   const uint64_t mode = (4 - static_cast<unsigned>(swizzle)) % 4;  // 1: 128 bytes, 2: 64, 3: 32
   return {encode(address) | encode(static_cast<unsigned>(leading_bytes)) << 16 |
@@ -65,6 +55,11 @@ __device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress star
 }
 
 #ifdef __CUDACC__
+
+__device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress start, int leading_bytes, int stride_bytes,
+                                                              Swizzle swizzle) {
+  return encode_matrix_descriptor(start, leading_bytes, stride_bytes, swizzle);
+}
 
 // The compiler moves no use of these registers across this.
 template <int kSize>
@@ -199,6 +194,11 @@ __device__ __forceinline__ void multiply_add_registers(float (&sum)[kColumns / 2
 
 #else
 
+inline MatrixDescriptor matrix_descriptor(SharedAddress start, int leading_bytes, int stride_bytes, Swizzle swizzle,
+                                          EmulationSite where = EmulationSite::current()) {
+  return encode_matrix_descriptor(emulation::matrix_start(start, leading_bytes, stride_bytes, where), leading_bytes,
+                                  stride_bytes, swizzle);
+}
 template <int... kSizes>
 void warpgroup_arrive([[maybe_unused]] float (&... sums)[kSizes]) {
   emulation::warpgroup_arrive();
