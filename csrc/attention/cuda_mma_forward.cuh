@@ -2,11 +2,11 @@
 // a tile each in shared memory: values arrive during the product with the keys, the next keys during that with the
 // values.
 //
-// With fewer tiles of queries than multiprocessors, several thread blocks share a tile: each takes every n-th tile of
-// keys, and a second kernel joins their results by lse.
+// With fewer tiles of queries than multiprocessors, several thread blocks share a tile.
 #pragma once
 #include <algorithm>
 
+#include "cuda_key_split.cuh"
 #include "cuda_mma_tiles.cuh"
 
 namespace selfforcing::attention_cuda {
@@ -21,13 +21,6 @@ struct MmaForwardTile {
   static constexpr int kStages = 2;
   static constexpr int kSharedBytes = Queries::kBytes + 2 * kStages * Keys::kBytes;
   static_assert(kSharedBytes <= ptx::kMaxSharedBytes);
-};
-
-// Thread blocks that share a tile of queries, and where they leave their parts: normalised as if they were all.
-struct KeySplit {
-  int32_t parts = 1;
-  float* out = nullptr;  // [parts, B, H, Lq, D]
-  float* lse = nullptr;  // [parts, B, H, Lq]
 };
 
 // The softmax of a warp's rows so far; `largest` and the exponents are in units of log2.
@@ -137,8 +130,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
                                           });
 
   const int64_t row_of_lse = row_of_head(params, stream, head) + queries.start;
-  const int64_t rows_of_part = static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
-  float* const lse = split.parts == 1 ? params.lse : split.lse + part * rows_of_part;
+  float* const lse = split.parts == 1 ? params.lse : split.lse + part * split.rows;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -152,7 +144,7 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
       if (row >= queries.count) continue;
       if (lane() % 4 == 0) lse[row_of_lse + row] = sum == 0.0f ? -INFINITY : softmax.largest[m][i] * kLn2 + logf(sum);
       if (split.parts == 1) continue;
-      float* const to = split.out + (part * rows_of_part + row_of_lse + row) * params.head_dim;
+      float* const to = split.out + (part * split.rows + row_of_lse + row) * params.head_dim;
 #pragma unroll
       for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
         if (d * kFragmentColumns < params.head_dim)
@@ -164,31 +156,14 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
                params.head_dim);
 }
 
-constexpr int kJoinThreads = 128;
-
-// Joins the parts of every query, one warp each: out = sum of exp(lse of the part - lse) out of the part.
+// Joins the parts of every query, one warp each.
 template <typename T>
 __global__ void __launch_bounds__(kJoinThreads) join_parts_kernel(const AttentionParams params, const KeySplit split) {
   const int32_t query = static_cast<int32_t>(blockIdx.x * (kJoinThreads / kWarpSize) + threadIdx.x / kWarpSize);
   if (query >= params.num_queries) return;
   const int32_t head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
-  const int64_t rows_of_part = static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
   const int64_t row = row_of_head(params, stream, head) + query;
-  float largest = -INFINITY, sum = 0.0f;
-  for (int32_t part = 0; part < split.parts; ++part) largest = fmaxf(largest, split.lse[part * rows_of_part + row]);
-  const bool sees = largest != -INFINITY;
-  for (int32_t part = 0; sees && part < split.parts; ++part)
-    sum += expf(split.lse[part * rows_of_part + row] - largest);
-  const float lse = sees ? largest + logf(sum) : -INFINITY;
-  if (lane() == 0) params.lse[row] = lse;
-  const Rows<T> out = head_rows<T>(params.out, stream, head);
-  for (int column = lane(); column < params.head_dim; column += kWarpSize) {
-    float total = 0.0f;
-    for (int32_t part = 0; sees && part < split.parts; ++part)
-      total += expf(split.lse[part * rows_of_part + row] - lse) *
-               split.out[(part * rows_of_part + row) * params.head_dim + column];
-    out.at(query)[column] = ptx::from_float<T>(total);
-  }
+  join_parts(split, row, params.head_dim, params.lse + row, head_rows<T>(params.out, stream, head).at(query));
 }
 
 // Decided by sizes alone, so that the same call gives the same bits: enough thread blocks for the multiprocessors, but
@@ -204,23 +179,19 @@ int32_t parts_of_keys(const AttentionParams& params) {
   return static_cast<int32_t>(std::clamp<int64_t>(blocks == 0 ? 1 : ptx::multiprocessors() / blocks, 1, most));
 }
 
+inline int64_t num_rows(const AttentionParams& params) {
+  return static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
+}
+
 template <typename T, int kHeadDim>
 int64_t mma_forward_workspace_bytes(const AttentionParams& params) {
-  const int64_t parts = parts_of_keys<T, kHeadDim>(params);
-  const int64_t rows = static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
-  return parts == 1 ? 0 : parts * rows * (params.head_dim + 1) * static_cast<int64_t>(sizeof(float));
+  return KeySplit::workspace_bytes(parts_of_keys<T, kHeadDim>(params), num_rows(params), params.head_dim);
 }
 
 template <typename T, int kHeadDim>
 int32_t launch_mma_forward(const AttentionParams& params) {
   using Tile = MmaForwardTile<T, kHeadDim>;
-  KeySplit split;
-  split.parts = parts_of_keys<T, kHeadDim>(params);
-  if (split.parts > 1) {
-    split.out = static_cast<float*>(params.workspace);
-    split.lse = split.out + static_cast<int64_t>(split.parts) * params.batch * params.num_heads * params.num_queries *
-                                params.head_dim;
-  }
+  const KeySplit split(parts_of_keys<T, kHeadDim>(params), num_rows(params), params.head_dim, params.workspace);
   const unsigned heads = static_cast<unsigned>(params.num_heads), batch = static_cast<unsigned>(params.batch);
   const dim3 grid(max_row_tiles(params.num_queries, params.spans, Tile::kQueries), heads,
                   batch * static_cast<unsigned>(split.parts));

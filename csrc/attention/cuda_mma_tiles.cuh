@@ -13,8 +13,8 @@ constexpr int kMmaThreads = kMmaWarps * kWarpSize;
 constexpr int kFragmentRows = 16, kFragmentColumns = 8, kFragmentDepth = 16;
 constexpr int kChunk = 8;  // elements in 16 bytes
 
-__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / kWarpSize); }
 
 // Over the four lanes of a row.
 __device__ __forceinline__ float quad_sum(float x) {

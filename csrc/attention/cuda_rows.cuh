@@ -22,6 +22,7 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 struct RowTile {
   int32_t block, start, count;
+  int32_t copy = 0;
 };
 
 // Tiles that blocks of unknown borders can need: every block may end in one that is not full.
@@ -31,19 +32,20 @@ inline unsigned max_row_tiles(int32_t num_rows, const SpanTable& table, int32_t 
 }
 
 // The tile-th tile, found by every warp on its own: 32 blocks at a time, a running sum of their tiles. `count` is 0
-// when there are fewer tiles.
-template <int kRows>
-__device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32_t tile) {
+// when there are fewer tiles. A block's tiles may be there in several copies, all tiles of one before those of the
+// next.
+template <int kRows, bool kLastBlockFirst = false>
+__device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32_t tile, int32_t copies = 1) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const auto nth_block = [&](int32_t n) { return kLastBlockFirst ? table.num_blocks - 1 - n : n; };
   for (int32_t first = 0; first < table.num_blocks; first += kWarpSize) {
-    const int32_t block = first + lane;
     int32_t start = 0, end = 0;
-    if (block < table.num_blocks) {
-      start = table.block_starts[block];
-      end = min(table.block_starts[block + 1], num_rows);
+    if (first + lane < table.num_blocks) {
+      start = table.block_starts[nth_block(first + lane)];
+      end = min(table.block_starts[nth_block(first + lane) + 1], num_rows);
     }
     const int32_t tiles = end > start ? (end - start + kRows - 1) / kRows : 0;
-    int32_t tiles_so_far = tiles;
+    int32_t tiles_so_far = tiles * copies;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       const int32_t before = __shfl_up_sync(kFullWarp, tiles_so_far, distance);
@@ -52,9 +54,11 @@ __device__ RowTile find_row_tile(const SpanTable& table, int32_t num_rows, int32
     const unsigned reached = __ballot_sync(kFullWarp, tile < tiles_so_far);
     if (reached != 0) {
       const int owner = __ffs(static_cast<int>(reached)) - 1;
-      const int32_t index = tile - __shfl_sync(kFullWarp, tiles_so_far - tiles, owner);
-      const int32_t row = __shfl_sync(kFullWarp, start, owner) + index * kRows;
-      return {first + owner, row, min(kRows, __shfl_sync(kFullWarp, end, owner) - row)};
+      const int32_t tiles_of_copy = __shfl_sync(kFullWarp, tiles, owner);
+      const int32_t index = tile - __shfl_sync(kFullWarp, tiles_so_far - tiles * copies, owner);
+      const int32_t row = __shfl_sync(kFullWarp, start, owner) + index % tiles_of_copy * kRows;
+      return {nth_block(first + owner), row, min(kRows, __shfl_sync(kFullWarp, end, owner) - row),
+              index / tiles_of_copy};
     }
     tile -= __shfl_sync(kFullWarp, tiles_so_far, kWarpSize - 1);
   }
@@ -88,6 +92,10 @@ class ColumnTiles {
     num_past_spans_ = past.num_spans;
   }
 
+  // Tiles of the past end at multiples of `rows`, a power of two that divides kColumns: then a row that is a multiple
+  // of it begins a multiple of rows of a tile.
+  __device__ __forceinline__ void align_past(int32_t rows) { past_alignment_ = rows; }
+
   // From here on every `step`-th tile only, starting with tile `first`.
   __device__ __forceinline__ void take_every(int32_t step, int32_t first) { step_ = step, skip_ = first; }
 
@@ -112,8 +120,9 @@ class ColumnTiles {
         return false;
       }
     }
-    tile = {position_, min(kColumns, end_ - position_), past_span_};
-    position_ += kColumns;
+    const int32_t columns = kColumns - (past_span_ < 0 ? 0 : position_ & (past_alignment_ - 1));
+    tile = {position_, min(columns, end_ - position_), past_span_};
+    position_ += columns;
     return true;
   }
 
@@ -123,6 +132,7 @@ class ColumnTiles {
   int32_t num_spans_;
   int32_t num_columns_;
   int32_t position_ = 0, end_ = 0;
+  int32_t past_alignment_ = 1;
   int32_t step_ = 1, skip_ = 0;
 };
 

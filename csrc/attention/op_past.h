@@ -67,6 +67,7 @@ inline PagedPast paged_past(const PastArguments& a, const Tensor& q, const Tenso
   past.v_page_stride = a.v_pages->stride(0);
   past.v_token_stride = a.v_pages->stride(1);
   past.v_head_stride = a.v_pages->stride(2);
+  past.num_pages = size_int32(a.k_pages->size(0), "attention: k_pages.size(0)");
   past.page_size = size_int32(a.k_pages->size(1), "attention: page_size");
   past.page_table = a.page_table->const_data_ptr<int32_t>();
   past.table_stride = a.page_table->size(1);

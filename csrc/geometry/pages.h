@@ -39,6 +39,7 @@ struct PagedPast {
   const uint16_t* v_scales = nullptr;
   const float* k_offset = nullptr;  // [H_kv, D], or nullptr
 
+  int32_t num_pages = 0;
   int32_t page_size = 0;
   const int32_t* page_table = nullptr;  // [B, table_stride]: page numbers
   int64_t table_stride = 0;
