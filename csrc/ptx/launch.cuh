@@ -46,4 +46,18 @@ inline int multiprocessors() {
 #endif
 }
 
+// Of the current device, major and minor version as two digits; 0 under the emulation.
+inline int compute_capability() {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return 0;
+  return 10 * major + minor;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace selfforcing::ptx

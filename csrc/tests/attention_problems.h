@@ -21,34 +21,35 @@ namespace selfforcing::attention_test {
 
 using namespace kernel_test;
 
-// The kernels under test: bytes of workspace, then the pass.
+// The kernels under test: bytes of workspace, then the pass. Without `backward` the forward pass is tested alone.
 struct Kernels {
   int64_t (*forward_workspace_bytes)(const AttentionParams&);
   void (*forward)(const AttentionParams&);
-  int64_t (*backward_workspace_bytes)(const AttentionBackwardParams&);
-  void (*backward)(const AttentionBackwardParams&);
+  int64_t (*backward_workspace_bytes)(const AttentionBackwardParams&) = nullptr;
+  void (*backward)(const AttentionBackwardParams&) = nullptr;
 };
 
 using Intervals = std::vector<std::pair<int32_t, int32_t>>;
 
 // ---- Tensors
 
-// A [batch, tokens, heads, dim] tensor with gaps between its rows, tokens and batches; the gaps hold NaN.
+// A [batch, tokens, heads, dim] tensor with gaps between its rows, tokens and batches, multiples of `gaps` elements;
+// the gaps hold NaN.
 struct TestTensor {
   DType dtype;
   int batch, tokens, heads, dim;
   int64_t head_stride, token_stride, batch_stride;
   std::vector<char> bytes;
 
-  TestTensor(DType dtype, int batch, int tokens, int heads, int dim, bool gaps)
+  TestTensor(DType dtype, int batch, int tokens, int heads, int dim, int gaps)
       : dtype(dtype),
         batch(batch),
         tokens(tokens),
         heads(heads),
         dim(dim),
-        head_stride(dim + (gaps ? 3 : 0)),
-        token_stride(heads * head_stride + (gaps ? 5 : 0)),
-        batch_stride(tokens * token_stride + (gaps ? 7 : 0)),
+        head_stride(dim + 3 * gaps),
+        token_stride(heads * head_stride + 5 * gaps),
+        batch_stride(tokens * token_stride + 7 * gaps),
         bytes((batch * batch_stride) * element_size(dtype)) {
     for (int64_t i = 0; i < batch * batch_stride; ++i) from_float(dtype, bytes.data(), i, kNaN);
   }
@@ -104,7 +105,7 @@ struct Case {
   int num_keys;
   int page_size = 0;                 // 0: no past
   std::vector<Intervals> past = {};  // of each stream, or of each K/V head of each; empty intervals fill up
-  bool gaps = true;
+  int gaps = 1;
   bool grad_lse = true;
   float scale = 0;               // 0: 1 / sqrt(dim)
   std::vector<float> bias = {};  // of the first, second ... interval of every list
@@ -181,9 +182,9 @@ inline std::vector<Case> cases() {
   all.push_back({"no queries", 2, 2, 2, 32, {0}, {}, 12});
   all.push_back({"no keys", 2, 2, 2, 32, {0, 12}, {{}}, 0});
   all.push_back({"no batch", 0, 2, 2, 32, {0, 12}, {{{0, 12}}}, 12});
-  all.push_back({"without grad_lse", 1, 2, 2, 64, {0, 33}, {{{0, 65}}}, 65, 0, {}, false, false});
-  all.push_back({"sharp softmax", 1, 1, 1, 64, {0, 40}, {{{0, 300}}}, 300, 0, {}, true, true, 3.0f});
-  all.push_back({"negative scale", 1, 1, 1, 64, {0, 40}, {{{0, 60}}}, 60, 0, {}, true, true, -1.5f});
+  all.push_back({"without grad_lse", 1, 2, 2, 64, {0, 33}, {{{0, 65}}}, 65, 0, {}, 0, false});
+  all.push_back({"sharp softmax", 1, 1, 1, 64, {0, 40}, {{{0, 300}}}, 300, 0, {}, 1, true, 3.0f});
+  all.push_back({"negative scale", 1, 1, 1, 64, {0, 40}, {{{0, 60}}}, 60, 0, {}, 1, true, -1.5f});
 
   const auto add = [&](const char* name, Case c, const auto& change) {
     c.name = name;
@@ -346,7 +347,7 @@ struct Problem {
         k(dtype, c.batch, c.num_keys, c.kv_heads, c.dim, c.gaps),
         v(k),
         grad_out(q),
-        k_pages(dtype, 0, 0, 0, 0, false),
+        k_pages(dtype, 0, 0, 0, 0, 0),
         v_pages(k_pages) {
     std::mt19937 random(seed);
     for (TestTensor* tensor : {&q, &k, &v, &grad_out}) tensor->fill(random, 1);
@@ -625,7 +626,7 @@ struct Results {
 inline Results compute(const Problem& p, const Kernels& kernels, int num_threads) {
   const Case& c = p.c;
   auto like = [&](const TestTensor& t) { return TestTensor(p.dtype, t.batch, t.tokens, t.heads, t.dim, c.gaps); };
-  TestTensor grad_pages(DType::float32, p.num_grad_pages, c.page_size, c.kv_heads, c.dim, false);
+  TestTensor grad_pages(DType::float32, p.num_grad_pages, c.page_size, c.kv_heads, c.dim, 0);
   std::fill(grad_pages.bytes.begin(), grad_pages.bytes.end(), 0);
   Results r{
       like(p.q), like(p.q), like(p.k), like(p.k), grad_pages, grad_pages, std::vector<float>(p.grad_lse.size(), kNaN)};
@@ -658,6 +659,7 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
     a.past.k_offset = c.k_offset ? p.k_offset.data() : nullptr;
     a.past.rope_table = c.rotated() ? p.rope_table.data() : nullptr;
     a.past.rope_axes = p.rope_axes;
+    a.past.num_pages = p.k_pages.batch;
     a.past.page_size = c.page_size;
     a.past.page_table = p.page_table.data();
     a.past.table_stride = p.pages_per_stream;
@@ -669,6 +671,8 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
   Workspace forward_space(kernels.forward_workspace_bytes(a));
   a.workspace = forward_space.start;
   kernels.forward(a);
+  r.borders_intact = forward_space.border_intact();
+  if (kernels.backward == nullptr) return r;
 
   a.query_spans = {static_cast<int32_t>(p.key_starts.size()) - 1, p.key_starts.data(), p.query_span_offsets.data(),
                    p.query_spans.data()};
@@ -692,7 +696,7 @@ inline Results compute(const Problem& p, const Kernels& kernels, int num_threads
           r.adds_to_pages = false;
     r.grad_k_pages = once.grad_k_pages, r.grad_v_pages = once.grad_v_pages;
   }
-  r.borders_intact = forward_space.border_intact() && backward_space.border_intact();
+  r.borders_intact = r.borders_intact && forward_space.border_intact() && backward_space.border_intact();
   return r;
 }
 
@@ -742,12 +746,14 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
     const std::string on = " on " + std::to_string(num_threads) + (num_threads == 1 ? " thread" : " threads");
     const Results found = compute(p, kernels, num_threads);
     compare(p, 0, ("out" + on).c_str(), found.out, exact.out, kOut[dtype]);
-    compare(p, 1, ("grad_q" + on).c_str(), found.grad_q, exact.grad_q, kGrad[dtype]);
-    compare(p, 2, ("grad_k" + on).c_str(), found.grad_k, exact.grad_k, kGrad[dtype]);
-    compare(p, 3, ("grad_v" + on).c_str(), found.grad_v, exact.grad_v, kGrad[dtype]);
-    compare(p, 2, ("grad_k_pages" + on).c_str(), found.grad_k_pages, exact.grad_k_pages, kGrad[dtype]);
-    compare(p, 3, ("grad_v_pages" + on).c_str(), found.grad_v_pages, exact.grad_v_pages, kGrad[dtype]);
-    if (!found.adds_to_pages) fail(p, "gradients of the past are not added to what is there" + on);
+    if (kernels.backward != nullptr) {
+      compare(p, 1, ("grad_q" + on).c_str(), found.grad_q, exact.grad_q, kGrad[dtype]);
+      compare(p, 2, ("grad_k" + on).c_str(), found.grad_k, exact.grad_k, kGrad[dtype]);
+      compare(p, 3, ("grad_v" + on).c_str(), found.grad_v, exact.grad_v, kGrad[dtype]);
+      compare(p, 2, ("grad_k_pages" + on).c_str(), found.grad_k_pages, exact.grad_k_pages, kGrad[dtype]);
+      compare(p, 3, ("grad_v_pages" + on).c_str(), found.grad_v_pages, exact.grad_v_pages, kGrad[dtype]);
+      if (!found.adds_to_pages) fail(p, "gradients of the past are not added to what is there" + on);
+    }
     // A rotated key that lies between two numbers of the dtype may become either.
     const double lse_tolerance = p.c.rotated() && p.dtype != DType::float32 ? 10 * kLse[dtype] : kLse[dtype];
     for (size_t i = 0; i < exact.lse.size(); ++i) {
@@ -768,10 +774,11 @@ inline void check(const Problem& p, const Kernels& kernels, const std::vector<in
 // Checks every case in every dtype, those left out with more than `most_multiplications` or with what is not among the
 // `features` of the kernels, and prints what was seen. Whether all passed.
 inline bool check_all(const Kernels& kernels, const std::vector<int>& thread_counts, double most_multiplications,
-                      unsigned features = kAllFeatures) {
+                      unsigned features = kAllFeatures, const std::vector<Case>& all = cases(),
+                      const std::vector<DType>& dtypes = {DType::float32, DType::bfloat16, DType::float16}) {
   int count = 0, left_out = 0, lacking = 0;
-  for (const Case& c : cases())
-    for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+  for (const Case& c : all)
+    for (DType dtype : dtypes) {
       const Problem problem(c, dtype, ++count);
       if (c.multiplications() > most_multiplications) {
         ++left_out;

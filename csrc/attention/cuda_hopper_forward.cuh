@@ -1,0 +1,447 @@
+// out = softmax(scale q k^T) v on Hopper's own instructions, after FlashAttention-3 (arXiv 2407.08608).
+//
+// One warp, the producer, walks through the work and asks for copies of queries, keys and values, as far ahead as there
+// are buffers. Warpgroups, the consumers, have 64 queries each and share keys and values. A consumer's product with the
+// next keys and that with the values of the keys before run while it computes a softmax (section 3.2 there), and the
+// consumers take turns in asking for products, so that one's softmax falls into the other's products (section 3.1).
+//
+// The grid is as large as the GPU. Tiles of queries go to its thread blocks round after round, those of later blocks,
+// which see more keys, first. What does not fill a last round is split over keys.
+#pragma once
+#include <algorithm>
+
+#include "cuda_hopper_tiles.cuh"
+#include "cuda_key_split.cuh"
+
+namespace selfforcing::attention_cuda {
+
+template <typename T, int kHeadDim>
+struct HopperForwardTile {
+  static constexpr int kConsumers = kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kQueries = kConsumers * kWarpgroupRows;
+  static constexpr int kKeys = kHeadDim <= 64 ? 128 : 192;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  // Of a multiprocessor's 65,536 registers each warpgroup gets what it needs.
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536);
+
+  using Queries = HopperTile<T, kQueries, kHeadDim>;
+  using Keys = HopperTile<T, kKeys, kHeadDim>;
+};
+
+// A tile of queries, or a part of its keys.
+struct ForwardWork {
+  int32_t row, count;  // the queries; no queries: the end
+  int32_t stream, head;
+  int32_t part;
+  int32_t shared_tile;  // among those that are split over keys; negative: it is not
+  bool sees_keys;
+};
+
+// What a consumer is told of a tile of keys.
+struct alignas(16) ForwardKeys {
+  int32_t first, end;  // the rows that are visible
+  float bias_log2;
+  int32_t last;  // of this work
+};
+
+template <typename T, int kHeadDim>
+struct HopperForwardShared {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kKnownTiles = 2 * kStages;  // keys may be gone while values are read
+
+  alignas(1024) unsigned char queries[Tile::Queries::kBytes];
+  alignas(1024) unsigned char keys[kStages][Tile::Keys::kBytes], values[kStages][Tile::Keys::kBytes];
+  BufferBarriers<1> query_barriers;
+  BufferBarriers<kStages> key_barriers, value_barriers;
+  ForwardWork work[2];  // of one tile of queries the consumers know until they have written it, the other is next
+  ForwardKeys tiles[kKnownTiles];
+};
+
+// How the tiles of queries are divided. Decided by sizes alone, so that the same call gives the same bits.
+struct ForwardSchedule {
+  int32_t blocks;       // of threads
+  int32_t whole_tiles;  // these first, then some that several thread blocks share
+  int32_t parts;        // of those
+  int32_t items;
+
+  // In serpentine rounds: who had the longest work of one round has the shortest of the next.
+  __device__ __forceinline__ int32_t item(int32_t round) const {
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+  }
+};
+
+struct ForwardMaps {
+  ptx::TensorMap q, k, v, k_pages, v_pages;
+  int32_t page_rows;  // of a box of a page
+};
+
+// The producer: one warp.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void produce_forward(const AttentionParams& params, const ForwardMaps& maps,
+                                                const ForwardSchedule& schedule,
+                                                HopperForwardShared<T, kHeadDim>& shared) {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  BufferPosition<1> queries;
+  BufferPosition<Tile::kStages> keys;
+
+  // One tile of keys or of values, all lanes together: a box for each of some lanes.
+  const auto load = [&](const ColumnTile& tile, int first, ptx::SharedAddress full, int32_t stream, int32_t kv_head,
+                        bool values) {
+    const typename Tile::Keys to(values ? shared.values[keys.stage()] : shared.keys[keys.stage()]);
+    const int boxes = tile.in_past() ? (first + tile.count + maps.page_rows - 1) / maps.page_rows : 1;
+    const int rows = tile.in_past() ? maps.page_rows : Tile::kKeys;
+    if (lane() == 0) ptx::barrier_arrive_expect(full, boxes * rows * kHeadDim * static_cast<int>(sizeof(T)));
+    __syncwarp();
+    if (lane() >= boxes) return;
+    if (tile.in_past()) {
+      const int row = lane() * maps.page_rows;
+      const PagePlace place = place_in_pages(params.past.page_table + stream * params.past.table_stride,
+                                             params.past.page_size, tile.start - first + row);
+      to.load(values ? maps.v_pages : maps.k_pages, full, row, static_cast<int32_t>(place.offset), kv_head,
+              static_cast<int32_t>(place.page));
+    } else {
+      to.load(values ? maps.v : maps.k, full, 0, tile.start, kv_head, stream);
+    }
+  };
+
+  for (;; ++queries.use) {
+    const int32_t item = schedule.item(static_cast<int32_t>(queries.use));
+    const int32_t shared_item = item - schedule.whole_tiles;
+    const bool whole = shared_item < 0;
+    RowTile rows{0, 0, 0};
+    if (item < schedule.items)
+      rows = find_row_tile<Tile::kQueries, true>(params.spans, params.num_queries,
+                                                 whole ? item : schedule.whole_tiles + shared_item / schedule.parts,
+                                                 params.batch * params.num_heads);
+    queries.wait_empty(shared.query_barriers);
+    const ptx::SharedAddress queries_full = queries.full(shared.query_barriers);
+    ForwardWork& work = shared.work[queries.use % 2];
+    if (rows.count == 0) {
+      if (lane() == 0) {
+        work.count = 0;
+        ptx::barrier_arrive(queries_full);
+      }
+      return;
+    }
+    const int32_t stream = rows.copy / params.num_heads, head = rows.copy % params.num_heads;
+    const int32_t kv_head = head / (params.num_heads / params.num_kv_heads);
+    const int32_t part = whole ? 0 : shared_item % schedule.parts;
+    ColumnTiles<Tile::kKeys> tiles(params.spans, rows.block, params.num_keys);
+    tiles.prepend(params.past, stream, kv_head);
+    tiles.align_past(maps.page_rows);
+    tiles.take_every(whole ? 1 : schedule.parts, part);
+    ColumnTile tile;
+    bool more = tiles.next(tile);
+    if (lane() == 0) {
+      work = {rows.start, rows.count, stream,
+              head,       part,       whole || schedule.parts == 1 ? -1 : shared_item / schedule.parts,
+              more};
+      if (more) {
+        ptx::barrier_arrive_expect(queries_full, Tile::Queries::kBytes);
+        typename Tile::Queries(shared.queries).load(maps.q, queries_full, 0, rows.start, head, stream);
+      } else {
+        ptx::barrier_arrive(queries_full);
+      }
+    }
+    for (; more; ++keys.use) {
+      const ColumnTile now = tile;
+      more = tiles.next(tile);
+      const int first = now.in_past() ? now.start & (maps.page_rows - 1) : 0;
+      keys.wait_empty(shared.key_barriers);
+      if (lane() == 0)
+        shared.tiles[keys.use % shared.kKnownTiles] = {
+            first, first + now.count, KeySource<T>{params, stream, kv_head, false}.bias_log2(now), !more};
+      load(now, first, keys.full(shared.key_barriers), stream, kv_head, false);
+      keys.wait_empty(shared.value_barriers);
+      load(now, first, keys.full(shared.value_barriers), stream, kv_head, true);
+    }
+  }
+}
+
+// The softmax of a consumer's rows so far; a lane has two of them. In units of log2.
+struct ConsumerSoftmax {
+  float largest[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // over this lane's columns alone until the end
+
+  // Turns scores into probabilities relative to the largest so far. What was summed relative to another has to be
+  // multiplied by `correction`. scale_log2 > 0, and scores may have the other sign.
+  template <int kSize>
+  __device__ __forceinline__ void update(float (&scores)[kSize], const ForwardKeys& keys, bool negative,
+                                         float scale_log2, float (&correction)[2]) {
+    constexpr int kColumns = kSize / 4;  // in fragments of 8
+    if (negative) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) scores[i] = -scores[i];
+    }
+    if (keys.first > 0 || keys.end < kColumns * kFragmentColumns) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const int column = column_in_fragments(i / 4, i % 2);
+        if (column < keys.first || column >= keys.end) scores[i] = -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most[2] = {-INFINITY, -INFINITY};  // two chains of comparisons
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) most[j] = fmaxf(most[j], scores[4 * n + 2 * i + j]);
+      const float before = largest[i];
+      largest[i] = fmaxf(before, fmaf(quad_max(fmaxf(most[0], most[1])), scale_log2, keys.bias_log2));
+      correction[i] = ptx::fast_exp2(before - largest[i]);
+      const float offset = keys.bias_log2 - largest[i];
+      float total = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        float (&x)[kSize] = scores;
+        const int at = 4 * n + 2 * i;
+        x[at] = ptx::fast_exp2(fmaf(x[at], scale_log2, offset));
+        x[at + 1] = ptx::fast_exp2(fmaf(x[at + 1], scale_log2, offset));
+        total += x[at] + x[at + 1];
+      }
+      sum[i] = fmaf(sum[i], correction[i], total);
+    }
+  }
+};
+
+// Writes a consumer's rows, from `first` on of the tile, and their lse.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_forward(const AttentionParams& params, const KeySplit& split,
+                                              const ForwardWork& work, int first, const ConsumerSoftmax& softmax,
+                                              const float (&out)[kHeadDim / 2]) {
+  constexpr int kQueries = HopperForwardTile<T, kHeadDim>::kQueries;
+  const Rows<T> rows = head_rows<T>(params.out, work.stream, work.head);
+  const int column = column_in_fragments(0, 0);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = quad_sum(softmax.sum[i]);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float lse = sum == 0.0f ? -INFINITY : softmax.largest[i] * kLn2 + logf(sum);
+    const int row = first + row_in_fragment(i);
+    if (row >= work.count) continue;
+    if (work.shared_tile < 0) {
+      if (lane() % 4 == 0) params.lse[row_of_head(params, work.stream, work.head) + work.row + row] = lse;
+      T* const to = rows.at(work.row + row) + column;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
+        if (d * kFragmentColumns < params.head_dim)
+          *reinterpret_cast<unsigned*>(to + d * kFragmentColumns) =
+              ptx::pack_pair<T>(out[4 * d + 2 * i] * inverse, out[4 * d + 2 * i + 1] * inverse);
+    } else {
+      const int64_t row_of_part = work.part * split.rows + static_cast<int64_t>(work.shared_tile) * kQueries + row;
+      if (lane() % 4 == 0) split.lse[row_of_part] = lse;
+      float* const to = split.out + row_of_part * params.head_dim + column;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
+        if (d * kFragmentColumns < params.head_dim)
+          *reinterpret_cast<float2*>(to + d * kFragmentColumns) =
+              float2{out[4 * d + 2 * i] * inverse, out[4 * d + 2 * i + 1] * inverse};
+    }
+  }
+}
+
+// A consumer: one warpgroup, number `group`.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void consume_forward(const AttentionParams& params, const KeySplit& split, int group,
+                                                HopperForwardShared<T, kHeadDim>& shared) {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  constexpr int kConsumerThreads = Tile::kConsumers * kWarpgroupThreads;
+  const typename Tile::Queries q_tile(shared.queries);
+  const float scale_log2 = fabsf(params.softmax_scale) * kLog2E;
+  const Turns<Tile::kConsumers> turns(group);
+  BufferPosition<1> queries;
+  BufferPosition<Tile::kStages> keys, values;  // the newest keys; the values before those, or of the same tile
+  const auto known = [&](unsigned use) -> const ForwardKeys& { return shared.tiles[use % shared.kKnownTiles]; };
+
+  // Asks for the scores of the newest keys.
+  const auto multiply_keys = [&](float (&scores)[Tile::kKeys / 2]) {
+    multiply_transposed(scores, q_tile, group * kWarpgroupRows, typename Tile::Keys(shared.keys[keys.stage()]));
+    ptx::warpgroup_commit();
+  };
+  const auto release_keys = [&] {
+    keys.release(shared.key_barriers);
+    if (known(keys.use).last) queries.release(shared.query_barriers);
+  };
+  // Waits for the values. Where none are visible may be anything, which a probability of zero does not make zero.
+  const auto wait_for_values = [&] {
+    values.wait_full(shared.value_barriers);
+    const int first = known(values.use).first, end = known(values.use).end;
+    if (first == 0 && end == Tile::kKeys) return;
+    const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
+    const typename Tile::Keys tile(shared.values[values.stage()]);
+    tile.clear(0, first, thread, kConsumerThreads);
+    tile.clear(end, Tile::kKeys, thread, kConsumerThreads);
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(Turns<Tile::kConsumers>::kFirstBarrier + Tile::kConsumers, kConsumerThreads);
+  };
+  const auto multiply_values = [&](float (&out)[kHeadDim / 2], const unsigned (&weights)[Tile::kKeys / 16][4]) {
+    add_product(out, weights, typename Tile::Keys(shared.values[values.stage()]));
+    ptx::warpgroup_commit();
+  };
+
+  for (;; ++queries.use) {
+    queries.wait_full(shared.query_barriers);
+    const ForwardWork& work = shared.work[queries.use % 2];
+    if (work.count == 0) break;
+    ConsumerSoftmax softmax;
+    float out[kHeadDim / 2] = {};
+    if (work.sees_keys) {
+      float scores[Tile::kKeys / 2], correction[2];
+      unsigned weights[Tile::kKeys / kFragmentDepth][4];
+      keys.wait_full(shared.key_barriers);
+      ptx::warpgroup_arrive(scores);
+      multiply_keys(scores);
+      ptx::warpgroup_wait<0>(scores);
+      softmax.update(scores, known(keys.use), params.softmax_scale < 0.0f, scale_log2, correction);
+      release_keys();
+      round_sums<T>(weights, scores);
+      while (!known(keys.use++).last) {
+        keys.wait_full(shared.key_barriers);
+        wait_for_values();
+        turns.wait();
+        ptx::warpgroup_arrive(scores, out);
+        multiply_keys(scores);
+        multiply_values(out, weights);
+        turns.pass();
+        ptx::warpgroup_wait<1>(scores);
+        release_keys();
+        softmax.update(scores, known(keys.use), params.softmax_scale < 0.0f, scale_log2, correction);
+        ptx::warpgroup_wait<0>(out);
+        values.release(shared.value_barriers);
+        ++values.use;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= correction[i / 2 % 2];
+        round_sums<T>(weights, scores);
+      }
+      wait_for_values();
+      ptx::warpgroup_arrive(out);
+      multiply_values(out, weights);
+      ptx::warpgroup_wait<0>(out);
+      values.release(shared.value_barriers);
+      ++values.use;
+    } else {
+      queries.release(shared.query_barriers);
+    }
+    store_forward<T, kHeadDim>(params, split, work, group * kWarpgroupRows + warp() % kWarpgroupWarps * kFragmentRows,
+                               softmax, out);
+  }
+  turns.finish();
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::kThreads, kOneBlock)
+    hopper_forward_kernel(const AttentionParams params, const __grid_constant__ ForwardMaps maps,
+                          const ForwardSchedule schedule, const KeySplit split) {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  SELFFORCING_DYNAMIC_SHARED(bytes);
+  auto& shared = *reinterpret_cast<HopperForwardShared<T, kHeadDim>*>(bytes);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = Tile::kConsumers * kWarpgroupWarps;
+    shared.query_barriers.init(kConsumerWarps);
+    shared.key_barriers.init(kConsumerWarps);
+    shared.value_barriers.init(kConsumerWarps);
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup() == 0) {
+    ptx::release_registers<Tile::kProducerRegisters>();
+    if (warp() == 0) produce_forward<T, kHeadDim>(params, maps, schedule, shared);
+  } else {
+    ptx::take_registers<Tile::kConsumerRegisters>();
+    consume_forward<T, kHeadDim>(params, split, warpgroup() - 1, shared);
+  }
+}
+
+// Joins the parts of the tiles that thread blocks shared: a block each.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_tiles_kernel(const AttentionParams params, const ForwardSchedule schedule, const KeySplit split) {
+  constexpr int kQueries = HopperForwardTile<T, kHeadDim>::kQueries;
+  const int32_t shared_tile = static_cast<int32_t>(blockIdx.x);
+  const RowTile tile = find_row_tile<kQueries, true>(
+      params.spans, params.num_queries, schedule.whole_tiles + shared_tile, params.batch * params.num_heads);
+  const int32_t stream = tile.copy / params.num_heads, head = tile.copy % params.num_heads;
+  const Rows<T> out = head_rows<T>(params.out, stream, head);
+  for (int32_t row = warp(); row < tile.count; row += kJoinThreads / kWarpSize)
+    join_parts(split, static_cast<int64_t>(shared_tile) * kQueries + row, params.head_dim,
+               params.lse + row_of_head(params, stream, head) + tile.start + row, out.at(tile.start + row));
+}
+
+// ---- The host's part
+
+template <typename T, int kHeadDim>
+ForwardSchedule schedule_forward(const AttentionParams& params) {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  const int32_t processors = ptx::multiprocessors();
+  const int32_t tiles = static_cast<int32_t>(max_row_tiles(params.num_queries, params.spans, Tile::kQueries)) *
+                        params.batch * params.num_heads;
+  const int32_t shared_tiles = tiles % processors, whole_tiles = tiles - shared_tiles;
+  const int64_t past = params.past.k_pages == nullptr ? 0 : params.past.table_stride * params.past.page_size;
+  const int64_t key_tiles = (params.num_keys + past + Tile::kKeys - 1) / Tile::kKeys;
+  // As many parts as make the last rounds shortest. To start, end and join a part takes about as long as some tiles of
+  // keys.
+  constexpr int64_t kOverhead = 4, kMostParts = 64;
+  const auto length = [&](int64_t parts) {
+    return (shared_tiles * parts + processors - 1) / processors * ((key_tiles + parts - 1) / parts + kOverhead);
+  };
+  int32_t parts = 1;
+  for (int32_t more = 2; more <= kMostParts && more <= key_tiles; ++more)
+    if (length(more) < length(parts)) parts = more;
+  const int32_t items = whole_tiles + shared_tiles * parts;
+  return {std::min(items, processors), parts == 1 ? tiles : whole_tiles, parts, items};
+}
+
+template <typename T, int kHeadDim>
+int64_t shared_rows(const ForwardSchedule& schedule) {
+  return static_cast<int64_t>((schedule.items - schedule.whole_tiles) / schedule.parts) *
+         HopperForwardTile<T, kHeadDim>::kQueries;
+}
+
+template <typename T, int kHeadDim>
+int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
+  const ForwardSchedule schedule = schedule_forward<T, kHeadDim>(params);
+  return KeySplit::workspace_bytes(schedule.parts, shared_rows<T, kHeadDim>(schedule), params.head_dim);
+}
+
+// For calls that fits_hopper_forward.
+template <typename T, int kHeadDim>
+int32_t launch_hopper_forward(const AttentionParams& params) {
+  using Tile = HopperForwardTile<T, kHeadDim>;
+  using Shared = HopperForwardShared<T, kHeadDim>;
+  static_assert(sizeof(Shared) <= ptx::kMaxSharedBytesHopper);
+  const ForwardSchedule schedule = schedule_forward<T, kHeadDim>(params);
+  if (schedule.items == 0) return 0;
+  const PagedPast& past = params.past;
+  ForwardMaps maps{};
+  maps.page_rows = past.k_pages == nullptr ? 1 : page_box_rows(past.page_size, Tile::kKeys);
+  const auto pages = [&](ptx::TensorMap& map, bool values) {
+    return encode_heads<typename Tile::Keys>(map, heads_of_pages(past, values), past.num_pages, past.page_size,
+                                             params.num_kv_heads, params.head_dim, maps.page_rows);
+  };
+  const auto own = [&](ptx::TensorMap& map, const ConstHeads& heads) {
+    return encode_heads<typename Tile::Keys>(map, heads, params.batch, params.num_keys, params.num_kv_heads,
+                                             params.head_dim);
+  };
+  int32_t error = encode_heads<typename Tile::Queries>(maps.q, params.q, params.batch, params.num_queries,
+                                                       params.num_heads, params.head_dim);
+  if (error == 0) error = own(maps.k, params.k);
+  if (error == 0) error = own(maps.v, params.v);
+  if (error == 0 && past.num_pages > 0) error = pages(maps.k_pages, false);
+  if (error == 0 && past.num_pages > 0) error = pages(maps.v_pages, true);
+  if (error != 0) return error;
+
+  const int64_t rows = shared_rows<T, kHeadDim>(schedule);
+  const KeySplit split(schedule.parts, rows, params.head_dim, params.workspace);
+  error = ptx::launch(hopper_forward_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(schedule.blocks)),
+                      dim3(Tile::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);
+  if (error != 0 || schedule.parts == 1) return error;
+  return ptx::launch(join_tiles_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(rows / Tile::kQueries)),
+                     dim3(kJoinThreads), 0, params.stream, params, schedule, split);
+}
+
+}  // namespace selfforcing::attention_cuda
