@@ -27,6 +27,7 @@ enum class Bug {
   overwritten,
   too_many_arrivals,
   too_few_arrivals,
+  no_parity,
   // copies
   not_shown,
   too_many_bytes,
@@ -45,6 +46,7 @@ enum class Bug {
   two_descriptors,
   start_not_aligned,
   start_inside_pattern,
+  start_inside_row,
   factor_outside,
 };
 
@@ -61,7 +63,7 @@ __global__ void meet_at_mbarrier() {
   if (kBug == Bug::overwritten && threadIdx.x == 0) shared[3] = 0;
   if (kBug == Bug::too_many_arrivals && threadIdx.x == 0) ptx::barrier_arrive_expect(barrier, 16);
   if (kBug != Bug::too_few_arrivals || threadIdx.x != 5) ptx::barrier_arrive(barrier);
-  ptx::barrier_wait(barrier, 0);
+  ptx::barrier_wait(barrier, kBug == Bug::no_parity ? 2 : 0);
 }
 
 template <Bug kBug>
@@ -155,6 +157,7 @@ __global__ void multiply(float* out) {
   const SharedAddress start = ptx::shared_address(shared);
   const int from_start = kBug == Bug::start_not_aligned      ? 8
                          : kBug == Bug::start_inside_pattern ? 32
+                         : kBug == Bug::start_inside_row     ? 16
                          : kBug == Bug::factor_outside       ? kSharedBytes - 256
                                                              : 0;
   const ptx::MatrixDescriptor left = ptx::matrix_descriptor(start + from_start, 0, 256, Swizzle::bytes32);
@@ -220,6 +223,7 @@ void test_barriers(const Check& check) {
   check(error_of(meet_at_mbarrier<Bug::too_many_arrivals>, kThreads), "more threads",
         "a thread arrives twice at an mbarrier");
   check(error_of(meet_at_mbarrier<Bug::too_few_arrivals>, kThreads), "misses 1 arrivals", "a thread does not arrive");
+  check(error_of(meet_at_mbarrier<Bug::no_parity>, kThreads), "neither 0 nor 1", "a wait for phase 2");
   check(error_of(meet_at_named_barrier<Bug::none>, kThreads), "", "threads that meet at a named barrier");
   check(error_of(meet_at_named_barrier<Bug::half_the_threads>, kThreads), "deadlock", "too few at a named barrier");
   check(error_of(meet_at_named_barrier<Bug::two_places>, kThreads), "another number", "two sizes of a named barrier");
@@ -233,6 +237,7 @@ void test_copies(const Check& check) {
   ptx::encode_tensor_map(map, 4, tensor.data(), {16, 16, 1, 1}, {64, 0, 0}, {16, 16, 1, 1}, Swizzle::none);
   check(error_of(load<Bug::none>, kThreads, map, out.data()), "", "a tile that is waited for");
   for (float value : out) check(value == 5 ? "" : "wrong", "", "values of a tile");
+  check(error_of(load<Bug::none>, kThreads, ptx::TensorMap{}, out.data()), "not encoded", "an empty tensor map");
   check(error_of(load<Bug::not_shown>, kThreads, map, out.data()), "fence_barrier_init", "a barrier not shown");
   check(error_of(load<Bug::too_many_bytes>, kThreads, map, out.data()), "0 arrivals and 16 bytes", "too many bytes");
   check(error_of(load<Bug::too_few_bytes>, kThreads, map, out.data()), "0 arrivals and -16 bytes", "too few bytes");
@@ -274,6 +279,7 @@ void test_products(const Check& check) {
   check(error(multiply<Bug::two_descriptors>), "different products", "two descriptors");
   check(error(multiply<Bug::start_not_aligned>), "multiples of 16", "a factor that is not aligned");
   check(error(multiply<Bug::start_inside_pattern>), "first row", "a factor that starts inside of its pattern");
+  check(error(multiply<Bug::start_inside_row>), "inside of a row", "a factor that starts inside of a row");
   check(error(multiply<Bug::factor_outside>), "not inside", "a factor outside of shared memory");
   check(error_of(multiply_twice<false>, kThreads, out.data(), second.data()), "", "the older of two products");
   for (float value : out) check(value == 16 ? "" : "wrong", "", "values of the older product");
