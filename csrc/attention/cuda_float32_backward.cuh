@@ -1,6 +1,7 @@
 // Gradients of attention in three passes without atomics, so that the same inputs give the same bits: delta per query;
 // grad_q by query tiles over their spans; grad_k and grad_v by key tiles over the spans of queries that see them
-// (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart). Probabilities are computed anew from lse.
+// (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart). Probabilities are computed anew from lse,
+// in natural units: log2(e) times lse would be rounded once more, which alone costs as much as the scores.
 #pragma once
 #include "cuda_float32_tiles.cuh"
 #include "cuda_statistics.cuh"
@@ -61,7 +62,6 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
 
   const KeySource<float> k_source{params, place.stream, place.kv_head, false};
   const KeySource<float> v_source{params, place.stream, place.kv_head, true};
-  const float scale_log2 = params.softmax_scale * kLog2E;
   Accumulator<Tile::kQueries, kHeadDim> grad_q;
   ColumnTiles<Tile::kKeys> key_tiles(params.spans, queries.block, params.num_keys);
   key_tiles.prepend(params.past, place.stream, place.kv_head);
@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kThreads, kOneBlock) float32_grad_q_kernel(con
     fetch.store(kv_tile, k_source, keys, params.head_dim);
     __syncthreads();
     multiply<kHeadDim>(scores, q_tile, kv_tile, params.head_dim);
-    const float bias_log2 = k_source.bias_log2(keys);
+    const float bias = k_source.bias(keys);
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const bool visible = thread_x() + j * kRowThreads < keys.count;
-        const float score = scores.at[i][j] * scale_log2 + (bias_log2 - statistics[i].lse_log2);
-        const float probability = visible ? exp2f(score) : 0.0f;
+        const float score = fmaf(scores.at[i][j], params.softmax_scale, bias - statistics[i].lse);
+        const float probability = visible ? expf(score) : 0.0f;
         grad.at[i][j] = probability * (grad.at[i][j] - statistics[i].delta);
       }
     share(grad, grad_scores);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks)
     fetch.store(v_tile, v_source, keys.rows, params.head_dim);
   }
 
-  const float scale_log2 = params.softmax_scale * kLog2E, bias_log2 = k_source.bias_log2(keys.rows);
+  const float bias = k_source.bias(keys.rows);
   Accumulator<Tile::kKeys, kHeadDim> grad_k, grad_v;
   for (int32_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
     ColumnTiles<Tile::kQueries> query_tiles =
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kTwoBlocks)
       for (int i = 0; i < kM; ++i)
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
-          probabilities.at[i][j] = exp2f(probabilities.at[i][j] * scale_log2 + (bias_log2 - statistics[j].lse_log2));
+          probabilities.at[i][j] = expf(fmaf(probabilities.at[i][j], params.softmax_scale, bias - statistics[j].lse));
           grad.at[i][j] = probabilities.at[i][j] * (grad.at[i][j] - statistics[j].delta);
         }
       share(probabilities, weights);

@@ -115,19 +115,16 @@ struct Scores {
   float at[kM][kN];
 };
 
-// scores = a b^T over the first `depth` columns of both tiles. Even and odd columns are summed apart: the rounding of a
-// running sum grows with its length.
+// scores = a b^T over the first `depth` columns of both tiles. The rounding of a running sum grows with its length:
+// every second column, beyond head dim 128 every fourth, has a sum of its own, of 64 products at most.
 template <int kHeadDim, int kRows, int kColumns>
 __device__ __forceinline__ void multiply(Scores<kRows, kColumns>& scores, const float* a, const float* b, int depth) {
   constexpr int kM = Scores<kRows, kColumns>::kM, kN = Scores<kRows, kColumns>::kN;
   constexpr int kStep = kRowThreads * row_stride(kHeadDim);
   const float* a_row = a + thread_y() * row_stride(kHeadDim);
   const float* b_row = b + thread_x() * row_stride(kHeadDim);
-  float odd[kM][kN];
-#pragma unroll
-  for (int i = 0; i < kM; ++i)
-#pragma unroll
-    for (int j = 0; j < kN; ++j) scores.at[i][j] = odd[i][j] = 0.0f;
+  constexpr int kSums = kHeadDim <= 128 ? 2 : 4;
+  float sums[kM][kN][kSums] = {};
 #pragma unroll 2
   for (int d = 0; d < depth; d += 4) {
     float4 left[kM], right[kN];
@@ -139,16 +136,20 @@ __device__ __forceinline__ void multiply(Scores<kRows, kColumns>& scores, const 
     for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        scores.at[i][j] = fmaf(left[i].x, right[j].x, scores.at[i][j]);
-        odd[i][j] = fmaf(left[i].y, right[j].y, odd[i][j]);
-        scores.at[i][j] = fmaf(left[i].z, right[j].z, scores.at[i][j]);
-        odd[i][j] = fmaf(left[i].w, right[j].w, odd[i][j]);
+        float (&sum)[kSums] = sums[i][j];
+        sum[0] = fmaf(left[i].x, right[j].x, sum[0]);
+        sum[1] = fmaf(left[i].y, right[j].y, sum[1]);
+        sum[2 % kSums] = fmaf(left[i].z, right[j].z, sum[2 % kSums]);
+        sum[3 % kSums] = fmaf(left[i].w, right[j].w, sum[3 % kSums]);
       }
   }
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
-    for (int j = 0; j < kN; ++j) scores.at[i][j] += odd[i][j];
+    for (int j = 0; j < kN; ++j) {
+      scores.at[i][j] = sums[i][j][0] + sums[i][j][1];
+      if constexpr (kSums == 4) scores.at[i][j] += sums[i][j][2] + sums[i][j][3];
+    }
 }
 
 // Writes a thread's scores where the other threads of its rows read them: see Accumulator::add.

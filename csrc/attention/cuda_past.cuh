@@ -75,10 +75,11 @@ struct KeySource {
     return params.past.format == PageFormat::int4 ? channel / kInt4Group * kHalf + channel % kHalf : channel;
   }
 
-  // Added to the scores of a tile, in units of log2.
-  __device__ __forceinline__ float bias_log2(const ColumnTile& tile) const {
-    return tile.in_past() ? span_of(tile).bias * kLog2E : 0.0f;
+  // Added to the scores of a tile; the second in units of log2.
+  __device__ __forceinline__ float bias(const ColumnTile& tile) const {
+    return tile.in_past() ? span_of(tile).bias : 0.0f;
   }
+  __device__ __forceinline__ float bias_log2(const ColumnTile& tile) const { return bias(tile) * kLog2E; }
   // Of row `row` of a rotated tile.
   __device__ __forceinline__ TokenAngles angles(const ColumnTile& tile, int row) const {
     const RopeAxes& axes = params.past.rope_axes;

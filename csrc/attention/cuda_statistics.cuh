@@ -5,15 +5,16 @@
 namespace selfforcing::attention_cuda {
 
 struct RowStatistics {
-  float lse_log2;  // +inf where there is nothing to see: every probability becomes 0
+  float lse, lse_log2;  // +inf where there is nothing to see: every probability becomes 0
   float delta;
 };
 
 __device__ __forceinline__ RowStatistics read_statistics(const AttentionBackwardParams& params, int64_t first_row,
                                                          int32_t row, bool exists) {
-  if (!exists) return {INFINITY, 0.0f};
-  const float lse = params.lse[first_row + row];
-  return {lse == -INFINITY ? INFINITY : lse * kLog2E, params.delta[first_row + row]};
+  if (!exists) return {INFINITY, INFINITY, 0.0f};
+  float lse = params.lse[first_row + row];
+  if (lse == -INFINITY) lse = INFINITY;
+  return {lse, lse * kLog2E, params.delta[first_row + row]};
 }
 
 constexpr int kDeltaThreads = 128;
