@@ -636,11 +636,9 @@ void wait_for_products(int newest_groups_left) {
     if (!unchanged(read.address, read.bytes, kChunkBytes))
       fail(read.where, "shared memory was written while this product may have read it");
   }
-  for (const Sums& sums : products.sums) {
-    if (sums.group >= complete) continue;
+  for (const Sums& sums : products.sums)
     for (int i = 0; i < sums.size; ++i)
       if (!is_poison(sums.registers[i])) fail(sums.where, "sums were written while in use by this product");
-  }
   const Unseen unseen;
   for (const Sums& sums : products.sums)
     if (sums.group < complete) std::memcpy(sums.registers, sums.value, sums.size * sizeof(float));

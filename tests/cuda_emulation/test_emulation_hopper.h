@@ -37,9 +37,11 @@ enum class Bug {
   tile_outside,
   no_fence,
   written_too_early,
-  // products
+  waits_for_older,
   not_committed,
+  // products
   no_arrive,
+  no_arrive_again,
   sums_touched,
   half_the_threads,
   two_places,
@@ -137,9 +139,9 @@ __global__ void store(const __grid_constant__ ptx::TensorMap map) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   ptx::store_tile(map, ptx::shared_address(shared), 0, 0, 0, 0);
-  ptx::commit_stores();
+  if (kBug != Bug::not_committed) ptx::commit_stores();
   if (kBug == Bug::written_too_early) shared[0] = 1;
-  if (kBug != Bug::no_wait) ptx::wait_for_stores_read<0>();
+  if (kBug != Bug::no_wait) ptx::wait_for_stores_read<kBug == Bug::waits_for_older ? 1 : 0>();
 }
 
 // ---- Products
@@ -170,9 +172,15 @@ __global__ void multiply(float* out) {
   else
     ptx::multiply_add_shared<ptx::bfloat16, kColumns, false, false>(sums, left, right, false);
   if (kBug != Bug::not_committed) ptx::warpgroup_commit();
+  if constexpr (kBug == Bug::waits_for_older) {
+    ptx::multiply_add_shared<ptx::bfloat16, kColumns, false, false>(sums, left, right, true);
+    ptx::warpgroup_commit();
+  }
   if (kBug == Bug::sums_touched) sums[3] *= 2, sums[4] = 1;
   if (kBug == Bug::written_too_early) shared[threadIdx.x] = 0;
-  if (kBug != Bug::no_wait) ptx::warpgroup_wait<0>(sums);
+  if (kBug != Bug::no_wait) ptx::warpgroup_wait<kBug == Bug::waits_for_older ? 1 : 0>(sums);
+  if constexpr (kBug == Bug::no_arrive_again)
+    ptx::multiply_add_shared<ptx::bfloat16, kColumns, false, false>(sums, left, right, true);
   out[threadIdx.x] = sums[threadIdx.x % 16];
 }
 
@@ -256,6 +264,8 @@ void test_copies(const Check& check) {
   check(error_of(store<Bug::no_fence>, kThreads, map), "fence_async_proxy", "a store without a fence");
   check(error_of(store<Bug::written_too_early>, kThreads, map), "before this store",
         "a tile written before it is read");
+  check(error_of(store<Bug::not_committed>, kThreads, map), "ends before this store", "a store without a commit");
+  check(error_of(store<Bug::waits_for_older>, kThreads, map), "ends before this store", "a wait for an older store");
   check(error_of(store<Bug::no_wait>, kThreads, map), "ends before this store", "a thread that ends before its store");
 }
 
@@ -268,8 +278,10 @@ void test_products(const Check& check) {
   check(error(multiply<Bug::none>, 96), "not full", "a warpgroup of three warps");
   check(error(multiply<Bug::no_fence>), "fence_async_proxy", "a product without a fence");
   check(error(multiply<Bug::no_arrive>), "without warpgroup_arrive", "a product without warpgroup_arrive");
+  check(error(multiply<Bug::no_arrive_again>), "without warpgroup_arrive", "no warpgroup_arrive after a wait");
   check(error(multiply<Bug::not_committed>), "under way", "a product without a commit");
   out.assign(kThreads, 0);
+  check(error(multiply<Bug::waits_for_older>), "under way", "a wait for the older of two products of the same sums");
   check(error(multiply<Bug::no_wait>), "ends before this product", "a product without a wait");
   check(any_nan(out) ? "" : "wrong", "", "sums read too early are NaN");
   check(error(multiply<Bug::sums_touched>), "sums were written", "sums written while in use");
