@@ -22,9 +22,10 @@ struct HopperForwardTile {
   static constexpr int kKeys = kHeadDim <= 64 ? 128 : 192;
   static constexpr int kStages = 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
-  // Of a multiprocessor's 65,536 registers each warpgroup gets what it needs.
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536);
+  // Every thread starts with as many registers as all could have; then they go where they are needed.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * (65536 / kThreads / 8 * 8));
 
   using Queries = HopperTile<T, kQueries, kHeadDim>;
   using Keys = HopperTile<T, kKeys, kHeadDim>;
