@@ -40,8 +40,8 @@ class GraphedBlock:
         num_frames: frames of a block.
         function: takes and returns tensors. It attends to the cache, writes every layer and commits, and does nothing
             else on the host that has to happen at every call: Python runs while the graph is captured and never again.
-            Random numbers are inputs. What it reads besides its inputs (weights, an encoded caption) must stay where it
-            is, and the caller keeps it alive.
+            Random numbers are inputs, or a ``PhiloxNoise`` of tensors. What it reads besides its inputs (weights, an
+            encoded caption) must stay where it is, and the caller keeps it alive.
 
     Raises:
         ValueError: a cache of another kind; when called, inputs unlike those of the first call, a block that cannot be
