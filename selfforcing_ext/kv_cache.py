@@ -937,7 +937,7 @@ def _show(target: Tensor, values: NDArray[np.int32]) -> None:
     """Copies the host's state to where kernels read it. The host does not wait for a GPU: from pinned memory, which
     torch's allocator does not hand out again before the copy is done."""
     source = torch.from_numpy(values)
-    if target.is_cuda:
+    if target.is_cuda and type(target) is Tensor:  # and not one of FakeTensorMode
         source = source.pin_memory()
     target.copy_(source, non_blocking=True)
 

@@ -1,7 +1,8 @@
 """CUDA graphs without a GPU: a recording that is as blind as theirs to what the host does.
 
 A tape keeps every op that ran with the very tensors that it read and made, and replays the ops on the same memory. What
-Python computed in between is frozen, as in a captured graph. A recording is refused where a capture on a GPU would fail
+Python computed in between is frozen, as in a captured graph, and recording changes nothing that was there before, as a
+capture, which runs nothing. A recording is refused where a capture on a GPU would fail
 or go wrong: an op that hands values to the host, and an op that reads memory which neither an op of the tape has made
 nor was there before (what Python made in between and would have to copy to the GPU).
 """
@@ -38,6 +39,11 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """All of the memory that it is a view of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 class MemoryRead(TorchDispatchMode):
@@ -80,8 +86,11 @@ class Tape(MemoryRead):
         self._inputs = [x.clone() for x in inputs]
         self._known = set(known) | {memory_of(x) for x in self._inputs}
         self._calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+        saved = [(memory, memory.clone()) for memory in map(bytes_of, known.values())]
         with self:
             self._outputs = function(*self._inputs)
+        for memory, before in saved:
+            memory.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

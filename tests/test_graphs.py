@@ -15,7 +15,7 @@ from torch import Tensor
 from python_ref.noise import TorchNoise
 from python_ref.pipelines.inference import CausalInferencePipeline
 from python_ref.schedule import FlowMatchSchedule
-from selfforcing_ext import GraphedBlock, PagedKVCache, PagePool, graphs, mask
+from selfforcing_ext import GraphedBlock, PagedKVCache, PagePool, PhiloxNoise, add_noise, graphs, mask
 
 BATCH, FRAMES, BLOCKS = 2, 2, 9
 STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -180,6 +180,31 @@ def test_the_pipeline_makes_the_same_video(tapes: Tapes, monkeypatch):
         with tapes.seen:
             videos.append(pipeline.generate(noise, context, TorchNoise(torch.Generator().manual_seed(3))))
     assert_same_bits(videos[1], videos[0])
+
+
+@torch.no_grad()
+def test_noise_that_is_counted_on(tapes: Tapes):
+    """An offset on the device moves on in the graph, and a replay draws other noise."""
+    cache = model().make_cache((BATCH, 1, *LATENT), None, window_frames=5)
+
+    def noisy_block(offset: Tensor) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            out = add_noise(x, PhiloxNoise(7, offset), x.new_full(x.shape[:2], 0.5))
+            offset.add_(1)
+            for layer in range(cache.num_layers):
+                cache.write(layer, *(x.new_zeros(BATCH, FRAMES * FRAME_SEQLEN, 2, 16) for _ in "kv"))
+            return out
+
+        return run
+
+    graphed = GraphedBlock(cache, FRAMES, noisy_block(torch.zeros(1, dtype=torch.int64)))
+    x = block_inputs(0)[0]
+    sigma, found = torch.full((BATCH, FRAMES), 0.5), []
+    for index in range(4):
+        with tapes.seen if index == 0 else torch.no_grad():
+            found.append(graphed(x))
+        assert_same_bits(found[-1], add_noise(x, PhiloxNoise(7, index), sigma), f"block {index}")
+    assert len(tapes.made) == 1
 
 
 def reads_a_number(x: Tensor, cache: PagedKVCache) -> Tensor:
