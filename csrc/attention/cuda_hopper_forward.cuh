@@ -181,8 +181,8 @@ struct ConsumerSoftmax {
     if (keys.first > 0 || keys.end < kColumns * kFragmentColumns) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int column = column_in_fragments(i / 4, i % 2);
-        if (column < keys.first || column >= keys.end) scores[i] = -INFINITY;
+        const auto from_first = static_cast<unsigned>(column_in_fragments(i / 4, i % 2) - keys.first);
+        if (from_first >= static_cast<unsigned>(keys.end - keys.first)) scores[i] = -INFINITY;
       }
     }
 #pragma unroll
@@ -268,13 +268,15 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
     keys.release(shared.key_barriers);
     if (known(keys.use).last) queries.release(shared.query_barriers);
   };
-  // Waits for the values. Where none are visible may be anything, which a probability of zero does not make zero.
+  // Waits for the values of the newest keys. Where none are visible may be anything, which a probability of zero does
+  // not make zero.
   const auto wait_for_values = [&] {
-    values.wait_full(shared.value_barriers);
-    const int first = known(values.use).first, end = known(values.use).end;
+    const BufferPosition<Tile::kStages> newest{keys.use};
+    newest.wait_full(shared.value_barriers);
+    const int first = known(newest.use).first, end = known(newest.use).end;
     if (first == 0 && end == Tile::kKeys) return;
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
-    const typename Tile::Keys tile(shared.values[values.stage()]);
+    const typename Tile::Keys tile(shared.values[newest.stage()]);
     tile.clear(0, first, thread, kConsumerThreads);
     tile.clear(end, Tile::kKeys, thread, kConsumerThreads);
     ptx::fence_async_proxy();
@@ -301,9 +303,9 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
       softmax.update(scores, known(keys.use), params.softmax_scale < 0.0f, scale_log2, correction);
       release_keys();
       round_sums<T>(weights, scores);
+      wait_for_values();
       while (!known(keys.use++).last) {
         keys.wait_full(shared.key_barriers);
-        wait_for_values();
         turns.wait();
         ptx::warpgroup_arrive(scores, out);
         multiply_keys(scores);
@@ -312,6 +314,7 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
         ptx::warpgroup_wait<1>(scores);
         release_keys();
         softmax.update(scores, known(keys.use), params.softmax_scale < 0.0f, scale_log2, correction);
+        wait_for_values();  // here it also keeps the compiler from waiting for products before the softmax
         ptx::warpgroup_wait<0>(out);
         values.release(shared.value_barriers);
         ++values.use;
@@ -319,7 +322,6 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= correction[i / 2 % 2];
         round_sums<T>(weights, scores);
       }
-      wait_for_values();
       ptx::warpgroup_arrive(out);
       multiply_values(out, weights);
       ptx::warpgroup_wait<0>(out);

@@ -53,6 +53,7 @@ class HopperTile {
     const int bytes = (end - row) * kRowBytes;  // the swizzle stays in a row
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
+#pragma unroll 1
       for (int offset = thread * 16; offset < bytes; offset += threads * 16)
         *reinterpret_cast<uint4*>(data_ + panel * kPanelBytes + row * kRowBytes + offset) = uint4{0, 0, 0, 0};
   }
