@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --rehearse   all of it on small shapes on the CPU: proves this file, times nothing
 
 A row is a problem and one of our paths: the kernels of every GPU since Ampere ("mma") or Hopper's own ("hopper", chosen
-by SELFFORCING_HOPPER, which the ops read at each call). Ours, the peers and the ceiling run in turns in one process;
-times are medians. A ratio is our rate over the peer's: the peer's time over ours, where both do the same work. A peer
-that is not there or fails says so in its row; its outputs are held against ours before anything is timed. The file is
-written anew after every case.
+by SELFFORCING_HOPPER, which the ops read at each call; what these do not take runs on the others). Ours, the peers and
+the ceiling run in turns in one process; times are medians. A ratio is our rate over the peer's: the peer's time over
+ours, where both do the same work. A peer that is not there or fails says so in its row; its outputs are held against
+ours before anything is timed. The file is written anew after every case.
 
 Ceilings: a matrix product of 8192 in bfloat16, a copy of 512 MB. GPU times come from events around a call that was
 queued while the GPU was still busy, so that launching does not count; the row of launches measures wall time instead.

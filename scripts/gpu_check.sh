@@ -61,8 +61,9 @@ note() {
   report
 }
 
-# part NAME SECONDS COMMAND...: runs one part, its output to the terminal and to a log, for so many seconds at most and as
-# long as the whole has time, and notes how it ended.
+# part NAME SECONDS COMMAND...: runs one part, its output to a log whose end is shown, for so many seconds at most and as
+# long as the whole has time, and notes how it ended. (A pipe would stay open for as long as anything that the part has
+# started.)
 part() {
   local name=$1 seconds=$2 log=$work/${1// /-}.log start=$SECONDS left=$((limit - SECONDS)) outcome=passed status=0
   shift 2
@@ -78,7 +79,8 @@ part() {
     failed=$((failed + 1))
     return
   fi
-  timeout --kill-after=5 "$((left < seconds ? left : seconds))" "$@" 2>&1 | tee "$log" || status=$?
+  timeout --kill-after=5 "$((left < seconds ? left : seconds))" "$@" >"$log" 2>&1 || status=$?
+  tail -n 40 "$log"
   case $status in
   0) passed=$((passed + 1)) ;;
   124 | 137) outcome="TIMED OUT" failed=$((failed + 1)) ;;

@@ -171,6 +171,91 @@ def test_what_a_profiler_runs():
     assert "could not be made" not in result.stderr
 
 
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}")
+    path.chmod(0o755)
+
+
+class StandIn:
+    """A machine with a Hopper GPU whose programs answer at once, as the test wants: what is left is the script."""
+
+    def __init__(self, folder: Path, hopper_tests: int = 0, self_test: str = "echo 66 passed, 0 failed") -> None:
+        self.folder = folder
+        (folder / "rows.json").write_text(json.dumps([FORWARD.to_json()]))
+        (folder / "kernels.csv").write_text(NCU)
+        after = r"""after() { while [ $# -gt 1 ]; do [ "$1" != "$wanted" ] || echo "$2"; shift; done; }"""
+        program(
+            folder / "cuda/bin/nvcc",
+            f'{after}; wanted=-o; program=$(after "$@"); '
+            "printf '#!/bin/sh\necho 12 passed, 0 failed\n' >$program; chmod +x $program",
+        )
+        program(folder / "cuda/bin/compute-sanitizer", "echo ERROR SUMMARY: 0 errors")
+        program(folder / "cuda/bin/ncu", f'{after}; wanted=--log-file; cp {folder}/kernels.csv $(after "$@")')
+        program(
+            folder / "python",
+            f"""{after}
+case "$*" in
+*is_available* | *setup.py* | *check_registration*) ;;
+*get_device_name*) echo stand-in ;;
+*get_device_capability*) echo 9.0a ;;
+*"import xdist"*) exit 1 ;;
+*selfforcing_ext.info*) {self_test} ;;
+*"-m pytest"*) echo 3 passed; [ "${{SELFFORCING_HOPPER:-0}}" = 0 ] || exit {hopper_tests} ;;
+*gpu.py*) echo "$*"; wanted=--json; cp {folder}/rows.json "$(after "$@")" ;;
+*) exec {sys.executable} "$@" ;;
+esac
+""",
+        )
+
+    def run(self, **variables: str) -> tuple[int, dict]:
+        """How the script ends, and its report."""
+        environment = {"PYTHON": str(self.folder / "python"), "CUDA_HOME": str(self.folder / "cuda"), **variables}
+        result = run("", self.folder, **environment)
+        report = self.folder / "results" / "stand-in-abc1234.json"
+        assert report.exists(), result.stdout + result.stderr
+        return result.returncode, json.loads(report.read_text())
+
+
+def test_the_flow_where_all_is_well(tmp_path: Path):
+    status, report = StandIn(tmp_path).run()
+    assert status == 0
+    assert {part["outcome"] for part in report["parts"]} == {"passed"}
+    names = [part["name"] for part in report["parts"]]
+    checks = [f"{tool}{path}" for tool in ("memcheck", "racecheck", "synccheck") for path in ("", ", Hopper's path")]
+    assert names == [
+        *("instructions", "build", "registration", "self-test", "GPU tests", "GPU tests, Hopper's path", "benchmarks"),
+        *checks,
+        "ncu",
+    ]
+    assert report["parts"][0]["last_line"] == "12 passed, 0 failed"
+    assert [row["case"] for row in report["benchmarks"]] == [FORWARD.case]
+    assert [kernel["kernel"] for kernel in report["kernels"]] == ["mma_forward_kernel", "hopper_forward_kernel"]
+    assert (report["device"], report["architecture"]) == ("stand-in", "9.0a")
+
+
+def test_a_path_that_fails_its_tests_is_timed_on_its_own(tmp_path: Path):
+    """It may hang or end the process: the rows of the other path are safe by then."""
+    status, report = StandIn(tmp_path, hopper_tests=1).run()
+    assert status == 1
+    failed = [part["name"] for part in report["parts"] if part["outcome"] == "FAILED"]
+    assert failed == ["GPU tests, Hopper's path"]
+    asked = {part["name"]: part["last_line"] for part in report["parts"] if part["name"].startswith("benchmarks")}
+    assert "--path mma" in asked["benchmarks"]
+    assert "--path hopper" in asked["benchmarks, Hopper's path"]
+    assert len(report["benchmarks"]) == 2
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_is_ended(tmp_path: Path):
+    status, report = StandIn(tmp_path, self_test="sleep 1000").run(LIMIT="13")
+    outcomes = {part["name"]: part["outcome"] for part in report["parts"]}
+    assert status == 1
+    assert outcomes["build"] == "passed"
+    assert outcomes["self-test"] == "TIMED OUT"
+    assert outcomes["ncu"] == "NOT RUN, no time is left"
+
+
 @pytest.mark.slow
 def test_the_rehearsal(tmp_path: Path):
     """All that needs no GPU really runs: self-test, collection of the GPU tests, every case of the benchmarks."""
