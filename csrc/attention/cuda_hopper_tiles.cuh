@@ -44,7 +44,7 @@ class HopperTile {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       ptx::load_tile(ptx::shared_address(data_ + panel * kPanelBytes + tile_row * kRowBytes), map, barrier,
-                     panel * kPanelColumns, row, head, stream_or_page);
+                     panel * kPanelColumns, head, row, stream_or_page);
   }
 
   // Makes rows [row, end) zero, `threads` threads together, of which this is number `thread`. Products may read them
@@ -192,16 +192,17 @@ class Turns {
 // ---- Tensor maps: parameters of a kernel, made on the host for every call, so that a captured graph holds them.
 
 // Boxes of kRows rows, or of `box_rows`, as HopperTile::load takes them. Heads are [num_streams, num_rows, num_heads,
-// head_dim]. Without rows nothing is ever loaded, and the map stays empty.
+// head_dim]; dimensions come in the order in which the strides of such a tensor grow. Without rows nothing is ever
+// loaded, and the map stays empty.
 template <typename Tile, typename Pointer>
 int32_t encode_heads(ptx::TensorMap& map, const Heads<Pointer>& tensor, int32_t num_streams, int32_t num_rows,
                      int32_t num_heads, int32_t head_dim, int32_t box_rows = Tile::kRows) {
   if (num_rows == 0) return 0;
   constexpr int64_t kElementBytes = Tile::kRowBytes / Tile::kPanelColumns;
   return ptx::encode_tensor_map(
-      map, kElementBytes, tensor.data, {head_dim, num_rows, num_heads, num_streams},
-      {tensor.token_stride * kElementBytes, tensor.head_stride * kElementBytes, tensor.batch_stride * kElementBytes},
-      {Tile::kPanelColumns, box_rows, 1, 1}, Tile::kSwizzle);
+      map, kElementBytes, tensor.data, {head_dim, num_heads, num_rows, num_streams},
+      {tensor.head_stride * kElementBytes, tensor.token_stride * kElementBytes, tensor.batch_stride * kElementBytes},
+      {Tile::kPanelColumns, 1, box_rows, 1}, Tile::kSwizzle);
 }
 
 }  // namespace selfforcing::attention_cuda

@@ -94,13 +94,53 @@ void forward(const AttentionParams& params) {
   emulation::launch<attention_cuda::hopper_forward>(params);
 }
 
+// What the kernels must leave to others, each change alone.
+int check_fits() {
+  alignas(16) static char memory[32];
+  AttentionParams good;
+  good.dtype = DType::float16;
+  good.batch = 2, good.num_heads = 4, good.num_kv_heads = 2, good.head_dim = 64, good.num_queries = good.num_keys = 10;
+  good.q = {memory, 2560, 256, 64}, good.k = good.v = {memory, 1280, 128, 64}, good.out = {memory, 2560, 256, 64};
+  good.past.k_pages = good.past.v_pages = memory;
+  good.past.k_page_stride = good.past.v_page_stride = 8 * 128;
+  good.past.k_token_stride = good.past.v_token_stride = 128;
+  good.past.k_head_stride = good.past.v_head_stride = 64;
+  good.past.num_pages = 3, good.past.page_size = 8;
+  int failures = 0;
+  const auto expect = [&](bool fits, const char* what, void (*change)(AttentionParams&)) {
+    AttentionParams params = good;
+    change(params);
+    if (attention_cuda::fits_hopper_forward(params) == fits) return;
+    ++failures;
+    std::printf("FAILED  %s: %s\n", what, fits ? "not taken" : "taken");
+  };
+  using P = AttentionParams&;
+  expect(true, "a call that fits", [](P) {});
+  expect(true, "a stride that is never used", [](P p) { p.batch = 1, p.q.batch_stride = 1; });
+  expect(true, "no keys of the block", [](P p) { p.num_keys = 0, p.k = p.v = {}; });
+  expect(true, "no past", [](P p) { p.past = {}; });
+  expect(false, "float32", [](P p) { p.dtype = DType::float32; });
+  expect(false, "a small head dim", [](P p) { p.head_dim = 32; });
+  expect(false, "a large head dim", [](P p) { p.head_dim = 136; });
+  expect(false, "q at an odd address", [](P p) { p.q.data = memory + 8; });
+  expect(false, "k at an odd address", [](P p) { p.k.data = memory + 2; });
+  expect(false, "an odd stride of v", [](P p) { p.v.token_stride = 132; });
+  expect(false, "an expanded k", [](P p) { p.k.batch_stride = 0; });
+  expect(false, "an odd stride of out", [](P p) { p.out.head_stride = 63; });
+  expect(false, "an odd stride of pages", [](P p) { p.past.v_token_stride = 130; });
+  expect(false, "an odd size of pages", [](P p) { p.past.page_size = 12; });
+  expect(false, "quantised pages", [](P p) { p.past.format = PageFormat::int8; });
+  expect(false, "keys rotated when read", [](P p) { p.past.rope_table = reinterpret_cast<const float*>(memory); });
+  expect(false, "a scale of zero", [](P p) { p.softmax_scale = 0; });
+  return failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const attention_test::Kernels kernels{attention_cuda::hopper_forward_workspace_bytes, forward};
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
-  return attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures, hopper_cases(),
-                                   {DType::bfloat16, DType::float16})
-             ? 0
-             : 1;
+  const bool passed = attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures,
+                                                hopper_cases(), {DType::bfloat16, DType::float16});
+  return check_fits() == 0 && passed ? 0 : 1;
 }
