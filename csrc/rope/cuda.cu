@@ -1,11 +1,8 @@
 // Rotary embedding kernels. A small kernel computes the table of cosines and sines in double; then one pass over
 // memory.
-#include <type_traits>
-
 #include "../ptx/elements.cuh"
 #include "../ptx/sums.cuh"
-#include "cuda_angles.cuh"
-#include "params.h"
+#include "cuda_tokens.cuh"
 
 namespace selfforcing {
 namespace {
@@ -30,105 +27,57 @@ __global__ void __launch_bounds__(kTableThreads) fill_table_kernel(const RopePar
                                                     static_cast<float>(params.inverse ? -sine : sine)};
 }
 
-__device__ __forceinline__ TokenAngles angles_of(const RopeParams& params, int64_t stream, int64_t token) {
-  return TokenAngles(params.axes, params.table, static_cast<int32_t>(token), params.table_axes().size[0],
-                     static_cast<int32_t>(params.start_of(stream)) * params.axes.size[0]);
-}
-
-template <typename T, typename Pointer>
-__device__ __forceinline__ auto row(const Heads<Pointer>& x, int64_t batch, int64_t token) {
-  const int64_t offset = batch * x.batch_stride + token * x.token_stride;
-  if constexpr (std::is_const_v<std::remove_pointer_t<Pointer>>) {
-    return static_cast<const T*>(x.data) + offset;
-  } else {
-    return static_cast<T*>(x.data) + offset;
-  }
-}
-
-// ---- rope_3d: a thread takes kWidth channels of a token in kHeadsPerThread heads, which share their angles. Grid: x
-// tokens and channels, y groups of heads, z the batch.
-constexpr int kRopeThreads = 256;
+// ---- rope_3d: a thread takes kWidth channels of a token in kHeadsPerThread heads, which share their angles and are
+// loaded before the first is stored. Block: x the channels of a head, y tokens. Grid: x tokens, y groups of heads, z
+// the batch.
+constexpr int kRopeThreads = 256;  // at most
 constexpr int32_t kHeadsPerThread = 4;
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRopeThreads) rope_3d_kernel(const RopeParams params) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRopeThreads + threadIdx.x;
-  const int32_t groups = params.head_dim / kWidth;
-  const int64_t token = index / groups, batch = blockIdx.z;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, batch = blockIdx.z;
   if (token >= params.axes.num_tokens()) return;
-  const int32_t d = static_cast<int32_t>(index - token * groups) * kWidth;
+  const int32_t d = static_cast<int32_t>(threadIdx.x) * kWidth;
+  const int32_t first = static_cast<int32_t>(blockIdx.y) * kHeadsPerThread;
+  const T* x = token_row<T>(params.x, batch, token) + d;
+  T* y = token_row<T>(params.y, batch, token) + d;
+  float values[kHeadsPerThread][kWidth];
+#pragma unroll
+  for (int32_t h = 0; h < kHeadsPerThread; ++h)
+    if (first + h < params.num_heads) ptx::load_elements<T>(x + (first + h) * params.x.head_stride, values[h]);
   const TokenAngles angles = angles_of(params, batch, token);
-  const T* x = row<T>(params.x, batch, token) + d;
-  T* y = row<T>(params.y, batch, token) + d;
 #pragma unroll
   for (int32_t h = 0; h < kHeadsPerThread; ++h) {
-    const int64_t head = static_cast<int64_t>(blockIdx.y) * kHeadsPerThread + h;
-    if (head >= params.num_heads) return;
-    float values[kWidth];
-    ptx::load_elements<T>(x + head * params.x.head_stride, values);
-    angles.rotate(values, d);
-    ptx::store_elements<T>(y + head * params.y.head_stride, values);
+    if (first + h >= params.num_heads) return;
+    angles.rotate(values[h], d);
+    ptx::store_elements<T>(y + (first + h) * params.y.head_stride, values[h]);
   }
 }
 
-// ---- qk_norm_rope: a warp takes a token.
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * ptx::kWarpSize;
-
-// The index in [B, L] of this warp's token.
-__device__ __forceinline__ int64_t warp_token() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / ptx::kWarpSize;
-}
-
-// Calls visit(c, head, d) for this lane's groups of kWidth channels: channel c of the token is channel d of the head.
-template <int kWidth, typename Visit>
-__device__ __forceinline__ void for_channels(const RopeParams& params, const Visit& visit) {
-  const int32_t channels = params.num_heads * params.head_dim;
-  const int32_t lane = static_cast<int32_t>(threadIdx.x % ptx::kWarpSize);
-  for (int32_t c = lane * kWidth; c < channels; c += ptx::kWarpSize * kWidth) {
-    const int32_t head = c / params.head_dim;
-    visit(c, head, c - head * params.head_dim);
-  }
-}
+// ---- qk_norm_rope
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRopeParams params) {
+__global__ void __launch_bounds__(kTokenThreads) qk_norm_rope_kernel(const QkNormRopeParams params) {
   const int64_t index = warp_token(), tokens = params.axes.num_tokens();
   if (index >= params.batch * tokens) return;
   const int64_t batch = index / tokens, token = index - batch * tokens;
-  const T* x = row<T>(params.x, batch, token);
-  T* y = row<T>(params.y, batch, token);
-  float squares = 0.0f;
-  for_channels<kWidth>(params, [&](int32_t c, int32_t, int32_t) {
-    float values[kWidth];
-    ptx::load_elements<T>(x + c, values);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) squares += values[i] * values[i];
-  });
-  const float mean = ptx::warp_sum(squares) / static_cast<float>(params.num_heads * params.head_dim);
-  const float rstd = 1.0f / sqrtf(mean + params.eps);
+  T* y = token_row<T>(params.y, batch, token);
+  const float rstd =
+      norm_rope_token<T, kWidth>(params, batch, token, [&](int32_t head, int32_t d, const float (&values)[kWidth]) {
+        ptx::store_elements<T>(y + head * params.y.head_stride + d, values);
+      });
   if (threadIdx.x % ptx::kWarpSize == 0) params.rstd[index] = rstd;
-  const TokenAngles angles = angles_of(params, batch, token);
-  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
-    float values[kWidth], weights[kWidth];
-    ptx::load_elements<T>(x + c, values);  // from the first-level cache
-    ptx::load_elements<float>(params.weight + c, weights);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] *= rstd * weights[i];
-    angles.rotate(values, d);
-    ptx::store_elements<T>(y + head * params.y.head_stride + d, values);
-  });
 }
 
 // grad_x = rstd (g - normed mean(g normed)) with g = weight times grad_y rotated back, normed = x rstd.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_grad_x_kernel(const QkNormRopeBackwardParams params) {
+__global__ void __launch_bounds__(kTokenThreads) qk_norm_rope_grad_x_kernel(const QkNormRopeBackwardParams params) {
   const int64_t index = warp_token(), tokens = params.axes.num_tokens();
   if (index >= params.batch * tokens) return;
   const int64_t batch = index / tokens, token = index - batch * tokens;
   const int32_t channels = params.num_heads * params.head_dim;
-  const T* grad_y = row<T>(params.x, batch, token);
-  const T* x = row<T>(params.features, batch, token);
+  const T* grad_y = token_row<T>(params.x, batch, token);
+  const T* x = token_row<T>(params.features, batch, token);
   T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
   const float rstd = params.rstd[index];
   const TokenAngles angles = angles_of(params, batch, token);
@@ -145,14 +94,14 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_grad_x_kernel(const QkN
     }
   };
   float dot = 0.0f;
-  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
+  for_channels<kWidth>(params.num_heads, params.head_dim, [&](int32_t c, int32_t head, int32_t d) {
     float grads[kWidth], normed[kWidth];
     load(c, head, d, grads, normed);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) dot += grads[i] * normed[i];
   });
   const float mean_dot = ptx::warp_sum(dot) / static_cast<float>(channels);
-  for_channels<kWidth>(params, [&](int32_t c, int32_t head, int32_t d) {
+  for_channels<kWidth>(params.num_heads, params.head_dim, [&](int32_t c, int32_t head, int32_t d) {
     float grads[kWidth], normed[kWidth];
     load(c, head, d, grads, normed);
 #pragma unroll
@@ -179,9 +128,9 @@ __global__ void __launch_bounds__(kSumThreads)
                              const int64_t index = first + within, batch = index / tokens;
                              const int64_t token = index - batch * tokens;
                              float grads[kWidth], values[kWidth];
-                             ptx::load_elements<T>(row<T>(params.x, batch, token) + head * params.x.head_stride + d,
-                                                   grads);
-                             ptx::load_elements<T>(row<T>(params.features, batch, token) + c, values);
+                             ptx::load_elements<T>(
+                                 token_row<T>(params.x, batch, token) + head * params.x.head_stride + d, grads);
+                             ptx::load_elements<T>(token_row<T>(params.features, batch, token) + c, values);
                              angles_of(params, batch, token).rotate(grads, d);
                              const float rstd = params.rstd[index];
 #pragma unroll
@@ -214,13 +163,6 @@ unsigned num_blocks(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-int32_t fill_table(const RopeParams& params) {
-  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.table_axes().table_entries(), kTableThreads)),
-                     dim3(kTableThreads), 0, params.stream, params);
-}
-
-dim3 token_grid(const RopeParams& params) { return dim3(num_blocks(params.batch * params.axes.num_tokens(), kWarps)); }
-
 ptx::RangeSums<1> range_sums(const QkNormRopeBackwardParams& params) {
   const int64_t ranges = num_blocks(params.batch * params.axes.num_tokens(), kRangeTokens);
   return {params.workspace, {params.grad_weight}, 1, ranges, static_cast<int64_t>(params.num_heads) * params.head_dim};
@@ -232,31 +174,37 @@ int64_t rope_table_floats_cuda(const RopeParams& params) {
   return kFloatsPerEntry * params.table_axes().table_entries();
 }
 
+int32_t fill_rope_table_cuda(const RopeParams& params) {
+  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.table_axes().table_entries(), kTableThreads)),
+                     dim3(kTableThreads), 0, params.stream, params);
+}
+
 int32_t rope_3d_cuda(const RopeParams& params) {
-  const int32_t error = fill_table(params);
+  const int32_t error = fill_rope_table_cuda(params);
   if (error != 0) return error;
   return with_element_and_width(
       params,
       [&](auto element, auto width) {
         constexpr int kWidth = decltype(width)::value;
-        const int64_t threads = params.axes.num_tokens() * (params.head_dim / kWidth);
-        const dim3 grid(num_blocks(threads, kRopeThreads), num_blocks(params.num_heads, kHeadsPerThread),
+        const unsigned lanes = static_cast<unsigned>(params.head_dim / kWidth);
+        const dim3 block(lanes, kRopeThreads / lanes);
+        const dim3 grid(num_blocks(params.axes.num_tokens(), block.y), num_blocks(params.num_heads, kHeadsPerThread),
                         static_cast<unsigned>(params.batch));
-        return ptx::launch(rope_3d_kernel<decltype(element), kWidth>, grid, dim3(kRopeThreads), 0, params.stream,
-                           params);
+        return ptx::launch(rope_3d_kernel<decltype(element), kWidth>, grid, block, 0, params.stream, params);
       },
       params.x, params.y);
 }
 
 int32_t qk_norm_rope_cuda(const QkNormRopeParams& params) {
-  const int32_t error = fill_table(params);
+  const int32_t error = fill_rope_table_cuda(params);
   if (error != 0) return error;
   const ConstHeads weight{params.weight, 0, 0, 0};
   return with_element_and_width(
       params,
       [&](auto element, auto width) {
-        return ptx::launch(qk_norm_rope_kernel<decltype(element), decltype(width)::value>, token_grid(params),
-                           dim3(kThreads), 0, params.stream, params);
+        return ptx::launch(qk_norm_rope_kernel<decltype(element), decltype(width)::value>,
+                           token_grid(params.batch * params.axes.num_tokens()), dim3(kTokenThreads), 0, params.stream,
+                           params);
       },
       params.x, params.y, weight);
 }
@@ -266,7 +214,7 @@ int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardPara
 }
 
 int32_t qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& params) {
-  const int32_t table_error = fill_table(params);
+  const int32_t table_error = fill_rope_table_cuda(params);
   if (table_error != 0) return table_error;
   const ptx::RangeSums<1> sums = range_sums(params);
   const ConstHeads weight{params.weight, 0, 0, 0};
@@ -275,8 +223,9 @@ int32_t qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& params) {
       [&](auto element, auto width) {
         using T = decltype(element);
         constexpr int kWidth = decltype(width)::value;
-        const int32_t error = ptx::launch(qk_norm_rope_grad_x_kernel<T, kWidth>, token_grid(params), dim3(kThreads), 0,
-                                          params.stream, params);
+        const int32_t error =
+            ptx::launch(qk_norm_rope_grad_x_kernel<T, kWidth>, token_grid(params.batch * params.axes.num_tokens()),
+                        dim3(kTokenThreads), 0, params.stream, params);
         if (error != 0) return error;
         const dim3 grid(static_cast<unsigned>(sums.ranges), num_blocks(sums.columns, ptx::kColumnLanes * kWidth));
         return ptx::launch(qk_norm_rope_grad_weight_kernel<T, kWidth>, grid, dim3(ptx::kColumnLanes, ptx::kRowLanes), 0,

@@ -39,6 +39,11 @@ struct QkNormRopeParams : RopeParams {
   const float* weight = nullptr;  // [H * D]
   float eps = 0.0f;
   float* rstd = nullptr;  // [B, L], written
+
+  // CPU: called, if set, when tokens [first, first + count) of a stream are in y, which is still in the caches then, by
+  // the thread that computed them.
+  void (*after)(const void* context, int64_t stream, int64_t first, int64_t count) = nullptr;
+  const void* after_context = nullptr;
 };
 
 // Gradients of sum(y * grad_y); grad_y is `x` of the base, rotated back by setting inverse.
@@ -60,6 +65,7 @@ void qk_norm_rope_backward_cpu(const QkNormRopeBackwardParams& params);
 
 // CUDA (csrc/rope/cuda.cu): launches on params.stream, returns the launch error as cudaError_t (0 is success).
 int64_t rope_table_floats_cuda(const RopeParams& params);
+int32_t fill_rope_table_cuda(const RopeParams& params);  // what every call below does first
 int32_t rope_3d_cuda(const RopeParams& params);
 int32_t qk_norm_rope_cuda(const QkNormRopeParams& params);
 int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardParams& params);
