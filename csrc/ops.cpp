@@ -32,6 +32,11 @@ STABLE_TORCH_LIBRARY(selfforcing, m) {
   m.def(
       "kv_cache_write(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor write_start, Tensor k, "
       "Tensor v, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, Tensor? k_offset=None) -> ()");
+  // The same of keys [B, L, H_kv * D] as they are projected: qk_norm_rope (below) in the same pass, and its result.
+  m.def(
+      "kv_cache_norm_rope_write(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor write_start, "
+      "Tensor k, Tensor v, Tensor weight, Tensor start_frame, int[] grid, float eps, Tensor(c!)? k_scales=None, "
+      "Tensor(d!)? v_scales=None, Tensor? k_offset=None) -> Tensor");
   // The host's part of a cache (selfforcing_ext/kv_cache.py) as ops, so that a compiled graph can contain it: they
   // change the page table of the cache with this handle and bring the tensors that say where things are up to date; pin
   // copies these tensors and keeps the pages from being recycled as long as the copied table exists; position copies.

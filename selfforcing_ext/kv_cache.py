@@ -33,7 +33,7 @@ from selfforcing_ext.intervals import Interval
 from selfforcing_ext.library import nvtx_range, ops
 from selfforcing_ext.mask import check_window, visible_past_of_many
 from selfforcing_ext.page_pool import LayerPages, PagePool
-from selfforcing_ext.rope import rope_3d, rope_table
+from selfforcing_ext.rope import check_qk_norm_rope, qk_norm_rope, rope_3d, rope_table
 from selfforcing_ext.stream import Stream
 
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
@@ -343,36 +343,95 @@ class PagedKVCache:
             raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
         k, v = op_inputs(k=k, v=v)
         num_frames = self._check_block(layer, k, v)
-        if torch.compiler.is_compiling():
-            self._check_compiled(block)
-            kv_cache_ops.reserve(self, layer, num_frames)
-            write_start = self._write_start
-        else:
-            if self._gradient is not None:
-                self._gradient.check_write(k, v, grad_to, block)
-            self._take_pages(num_frames, block, layer)
-            write_start = self._write_start
-            if block:
-                write_start = torch.from_numpy(self._write_starts(block)).to(self.device)
-        pages = self.pool.layers[layer]
-        offset = None if self.pool.key_offset is None else self.pool.key_offset[layer]
+        if self._gradient is not None and not torch.compiler.is_compiling():
+            self._gradient.check_write(k, v, grad_to, block)
+        write_start = self._begin_write(layer, num_frames, block)
+        k_pages, v_pages, *quantised = self._pages_to_write(layer)
         with torch.no_grad():
-            ops.kv_cache_write(
-                pages.k_pages,
-                pages.v_pages,
-                self._page_table,
-                write_start,
-                k.detach(),
-                v.detach(),
-                pages.k_scales,
-                pages.v_scales,
-                offset,
-            )
+            ops.kv_cache_write(k_pages, v_pages, self._page_table, write_start, k.detach(), v.detach(), *quantised)
         if torch.compiler.is_compiling():
             return
         self._blocks[block].written.add(layer)
         if self._gradient is not None:
             self._gradient.record(layer, k, v, grad_to, self._places_of_block(k.shape[1]))
+
+    @nvtx_range("kv_cache.norm_rope_write")
+    def norm_rope_write(
+        self,
+        layer: int,
+        k: Tensor,  # [B, L, H_kv * D]
+        v: Tensor,  # [B, L, H_kv, D]
+        weight: Tensor,  # [H_kv * D]
+        grid: Sequence[int],
+        eps: float = 1e-6,
+    ) -> Tensor:  # [B, L, H_kv, D]
+        """``write`` of the first block's keys as ``qk_norm_rope`` makes them at the cache's position, and these keys,
+        for ``attend``. Where no gradient is recorded, it is one pass: what is computed goes to both places.
+
+        Args:
+            layer: which layer.
+            k: projected keys, neither normalised nor rotated. With rope="on_read" they are normalised only.
+            v: values.
+            weight: factor per channel after the normalisation; any floating dtype, used as float32.
+            grid: tokens along (frames, rows, columns).
+            eps: added to the mean square; not below 0.
+
+        Raises:
+            TypeError, ValueError: as ``qk_norm_rope`` and ``write``. The cache is unchanged then.
+            RuntimeError: as ``write``.
+        """
+        k, v = op_inputs(k=k, v=v)
+        check_qk_norm_rope("k", k, weight, self.num_heads, grid, eps)
+        num_frames = self._check_block(layer, k.view(*k.shape[:2], self.num_heads, k.shape[2] // self.num_heads), v)
+        recorded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or weight.requires_grad)
+        if recorded or self._gradient is not None or self.rope == "on_read":
+            keys = self._normed_keys(k, weight, grid, eps)
+            self.write(layer, keys, v)
+            return keys
+        write_start = self._begin_write(layer, num_frames, block=0)
+        position = self._position
+        if torch.compiler.is_compiling():
+            position = kv_cache_ops.copy_of_position(position)
+        k_pages, v_pages, *quantised = self._pages_to_write(layer)
+        with torch.no_grad():
+            written: Tensor = ops.kv_cache_norm_rope_write(
+                k_pages,
+                v_pages,
+                self._page_table,
+                write_start,
+                k,
+                v,
+                weight.float().contiguous(),
+                position,
+                list(grid),
+                eps,
+                *quantised,
+            )
+        if not torch.compiler.is_compiling():
+            self._blocks[0].written.add(layer)
+        return written
+
+    def _normed_keys(self, k: Tensor, weight: Tensor, grid: Sequence[int], eps: float) -> Tensor:
+        if self.rope == "on_write":
+            return qk_norm_rope(k, weight, self.num_heads, grid, self.position, eps)
+        tokens = k.flatten(0, 1).unsqueeze(1)  # each a sequence of its own, at position 0
+        normed = qk_norm_rope(tokens, weight, self.num_heads, (1, 1, 1), 0, eps)
+        return normed.view(*k.shape[:2], self.num_heads, self.head_dim)
+
+    def _begin_write(self, layer: int, num_frames: int, block: int) -> Tensor:
+        """Takes a block's pages, if it has none, and says where its first tokens go, int32 [B]."""
+        if torch.compiler.is_compiling():
+            self._check_compiled(block)
+            kv_cache_ops.reserve(self, layer, num_frames)
+            return self._write_start
+        self._take_pages(num_frames, block, layer)
+        return self._write_start if block == 0 else torch.from_numpy(self._write_starts(block)).to(self.device)
+
+    def _pages_to_write(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Pages of keys and values, their scales, and the offset of keys."""
+        pages = self.pool.layers[layer]
+        offset = None if self.pool.key_offset is None else self.pool.key_offset[layer]
+        return pages.k_pages, pages.v_pages, pages.k_scales, pages.v_scales, offset
 
     def commit(self, num_frames: int) -> None:
         """Makes the first block, of ``num_frames`` frames, the past.

@@ -119,6 +119,13 @@ for _name in ("write", "reserve", "commit"):
     torch.library.register_fake(f"selfforcing::kv_cache_{_name}", _changes_nothing)
 
 
+@torch.library.register_fake("selfforcing::kv_cache_norm_rope_write")
+def _norm_rope_write_fake(
+    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, write_start: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> Tensor:
+    return k.new_empty(v.shape)
+
+
 @torch.library.register_fake("selfforcing::kv_cache_pin")
 def _pin_fake(page_table: Tensor, past_spans: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(page_table), torch.empty_like(past_spans)

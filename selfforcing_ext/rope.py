@@ -84,22 +84,7 @@ def qk_norm_rope(
     Source: RMSNorm (arXiv 1910.07467), equation 4, placed as in Wan2.1.
     """
     check_float_tensor("x", x)
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {list(x.shape)}, but must have three dimensions [B, L, H * D]")
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        raise ValueError(f"x has stride {x.stride(2)} in its last dimension, but must have stride 1 there")
-    if num_heads < 1 or x.shape[2] % num_heads:
-        raise ValueError(f"num_heads is {num_heads}, but must divide the {x.shape[2]} channels of x")
-    check_head_dim("x", x.shape[2] // num_heads)
-    if weight.shape != x.shape[2:]:
-        raise ValueError(f"weight has shape {list(weight.shape)}, but must have shape {list(x.shape[2:])}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight is {dtype_name(weight.dtype)}, but must be a floating dtype")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, but must be on {x.device} like x")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, but must not be below 0")
-    _check_grid("x", x, grid)
+    check_qk_norm_rope("x", x, weight, num_heads, grid, eps)
     y: Tensor
     y, _ = call(
         ops.qk_norm_rope,
@@ -111,6 +96,26 @@ def qk_norm_rope(
         eps,
     )
     return y
+
+
+def check_qk_norm_rope(name: str, x: Tensor, weight: Tensor, num_heads: int, grid: Sequence[int], eps: float) -> None:
+    """Raises TypeError or ValueError unless these are arguments of ``qk_norm_rope``; ``name`` is that of x."""
+    if x.ndim != 3:
+        raise ValueError(f"{name} has shape {list(x.shape)}, but must have three dimensions [B, L, H * D]")
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, but must have stride 1 there")
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, but must divide the {x.shape[2]} channels of {name}")
+    check_head_dim(name, x.shape[2] // num_heads)
+    if weight.shape != x.shape[2:]:
+        raise ValueError(f"weight has shape {list(weight.shape)}, but must have shape {list(x.shape[2:])}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight is {dtype_name(weight.dtype)}, but must be a floating dtype")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, but must be on {x.device} like {name}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, but must not be below 0")
+    _check_grid(name, x, grid)
 
 
 def rope_table(

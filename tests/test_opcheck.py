@@ -75,6 +75,8 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     pages = torch.zeros(5, 4, 2, 8), torch.zeros(5, 4, 2, 8)
     where = _int32([[3, 1], [0, 4]]), _int32([1, 2])
     yield "kv_cache_write", "", (*pages, *where, torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8))
+    fused = torch.randn(2, 6, 16), torch.randn(2, 6, 2, 8), torch.randn(16), _int32([4, 9]), [1, 2, 3], 1e-6
+    yield "kv_cache_norm_rope_write", "", (*pages, *where, *fused)
     # Not float8_e4m3fn, with which opcheck itself cannot compute.
     for storage, dim, groups in ((torch.int8, 64, 1), (torch.uint8, 32, 2)):
         pages = [torch.zeros(5, 4, 2, dim, dtype=storage) for _ in range(2)]

@@ -1,4 +1,5 @@
-// Writing a block's keys and values into their pages on the CPU: copies, or a call of the kernels that quantise.
+// Writing a block's keys and values into their pages on the CPU: copies, or calls of the kernels that quantise; and
+// keys that are normalised and rotated first, a few tokens at a time.
 #include <cstring>
 
 #include "../simd/isa.h"
@@ -6,7 +7,8 @@
 
 namespace selfforcing {
 
-SELFFORCING_DECLARE_ISA(void kv_cache_write_quantised(const KVCacheWriteParams& params))
+SELFFORCING_DECLARE_ISA(void kv_cache_quantise(const KVCacheWriteParams& params, const WriteSide& side,
+                                               const WriteRun& run))
 
 namespace {
 
@@ -35,13 +37,30 @@ void copy_run(const KVCacheWriteParams& p, const WriteSide& side, const WriteRun
   }
 }
 
+void write(const KVCacheWriteParams& p, const WriteSide& side, const WriteRun& run) {
+  if (p.format == PageFormat::elements) return copy_run(p, side, run);
+  SELFFORCING_DISPATCH(kv_cache_quantise, p, side, run);
+}
+
 }  // namespace
 
 void kv_cache_write_cpu(const KVCacheWriteParams& p) {
-  if (p.format != PageFormat::elements) {
-    SELFFORCING_DISPATCH(kv_cache_write_quantised, p);
-  }
-  for_each_run(p, [&](const WriteSide& side, const WriteRun& run) { copy_run(p, side, run); });
+  for_each_run(p, [&](const WriteSide& side, const WriteRun& run) { write(p, side, run); });
+}
+
+void kv_cache_norm_rope_write_cpu(const NormRopeWriteParams& params) {
+  QkNormRopeParams norm = params.norm;
+  norm.parallel = params.parallel;
+  norm.after_context = &params.write;
+  norm.after = [](const void* context, int64_t stream, int64_t first, int64_t count) {
+    const auto& p = *static_cast<const KVCacheWriteParams*>(context);
+    for (int64_t page = 0; page <= (count + p.page_size - 1) / p.page_size; ++page) {
+      const WriteRun run = write_run(p, stream, first, first + count, page);
+      for (const int64_t side : {0, 1})
+        if (run.begin < run.end) write(p, write_side(p, side), run);
+    }
+  };
+  qk_norm_rope_cpu(norm);
 }
 
 }  // namespace selfforcing

@@ -197,12 +197,8 @@ void quantise_run(const KVCacheWriteParams& p, const WriteSide& side, const Writ
 
 }  // namespace
 
-void kv_cache_write_quantised(const KVCacheWriteParams& params) {
-  with_element(params.dtype, [&](auto element) {
-    for_each_run(params, [&](const WriteSide& side, const WriteRun& run) {
-      quantise_run<decltype(element)>(params, side, run);
-    });
-  });
+void kv_cache_quantise(const KVCacheWriteParams& params, const WriteSide& side, const WriteRun& run) {
+  with_element(params.dtype, [&](auto element) { quantise_run<decltype(element)>(params, side, run); });
 }
 
 }  // namespace SELFFORCING_ISA

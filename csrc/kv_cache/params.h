@@ -3,6 +3,7 @@
 #include "../geometry/pages.h"
 #include "../geometry/parallel.h"
 #include "../geometry/tensor.h"
+#include "../rope/params.h"
 
 namespace selfforcing {
 
@@ -39,7 +40,21 @@ struct KVCacheWriteParams {
   void* stream = nullptr;  // CUDA
 };
 
+// The same of keys that are not normalised yet: norm.y (csrc/rope/params.h), which is write.k, is computed and written
+// into its pages in one pass.
+struct NormRopeWriteParams {
+  QkNormRopeParams norm;
+  KVCacheWriteParams write;
+
+  Parallel parallel;       // CPU
+  void* stream = nullptr;  // CUDA
+};
+
 void kv_cache_write_cpu(const KVCacheWriteParams& params);
+void kv_cache_norm_rope_write_cpu(const NormRopeWriteParams& params);
+
+// Launch on params.stream and return the launch error as cudaError_t (0 is success).
 int32_t kv_cache_write_cuda(const KVCacheWriteParams& params);
+int32_t kv_cache_norm_rope_write_cuda(const NormRopeWriteParams& params);
 
 }  // namespace selfforcing

@@ -41,6 +41,18 @@ __device__ __forceinline__ void store_elements(T* to, const float (&values)[kWid
   }
 }
 
+// Moves the bits of kWidth elements.
+template <int kWidth, typename T>
+__device__ __forceinline__ void copy_elements(T* to, const T* from) {
+  if constexpr (kWidth % kVector<T> == 0) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kVector<T>) store_16_bytes(to + i, *reinterpret_cast<const uint4*>(from + i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) to[i] = from[i];
+  }
+}
+
 // Whether every address that a pointer and multiples of its strides (in elements) reach is a multiple of 16 bytes.
 template <typename T, typename... Strides>
 bool wide_access(const void* data, Strides... strides) {

@@ -158,12 +158,15 @@ SELFFORCING_INLINE void qk_norm_rope_rows(const QkNormRopeParams& params, int64_
 }  // namespace
 
 void qk_norm_rope(const QkNormRopeParams& params) {
-  with_output(params.dtype, params.y.data, num_elements(params), params.head_dim, [&](auto element, auto output) {
+  // What is read again right away must not pass the caches by.
+  const int64_t elements = params.after != nullptr ? 0 : num_elements(params);
+  with_output(params.dtype, params.y.data, elements, params.head_dim, [&](auto element, auto output) {
     for_all_blocks(params, [&](int64_t batch, int64_t first, int64_t count, const Angles& angles) {
       for_rows(0, count, row_bytes<decltype(element)>(params), [&](auto rows, int64_t place) {
         qk_norm_rope_rows<decltype(element), decltype(output), decltype(rows)>(params, batch, first + place, angles,
                                                                                place);
       });
+      if (params.after != nullptr) params.after(params.after_context, batch, first, count);
     });
   });
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,10 +132,12 @@ class WanBackbone(nn.Module):
         attend: Callable[[int], Attend],
         checkpoint_layers: bool,
         after_layer: Callable[[int, Tensor, Tensor], None] | None = None,
+        write_keys: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         encoded = self._encode_context(context) if isinstance(context, Tensor) else context
         for layer, block in enumerate(self.blocks):
-            arguments = (x, time, encoded[layer], positions, attend(layer))
+            write = None if write_keys is None else partial(write_keys, layer)
+            arguments = (x, time, encoded[layer], positions, attend(layer), write)
             if (checkpoint_layers or self.checkpoint_layers) and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -282,7 +285,8 @@ class CausalWanModel(WanBackbone):
             positions,
             self._masked(mask) if cache is None else self._cached(cache),
             checkpoint_layers,
-            after_layer=cache.write if commit else None,
+            after_layer=cache.write if commit and not self._writes_in_one_pass(cache) else None,
+            write_keys=cache.norm_rope_write if commit and self._writes_in_one_pass(cache) else None,
         )
         if commit:
             cache.commit(grid[0])
@@ -322,6 +326,12 @@ class CausalWanModel(WanBackbone):
             device=weight.device,
             **options,
         )
+
+    def _writes_in_one_pass(self, cache: Any) -> bool:
+        """Whether keys are normalised, rotated and written at once: where layers are not run again in backward, and the
+        cache can (one that also keeps what is written elsewhere cannot)."""
+        whole = self.config.qk_norm and self.parallel is None
+        return whole and not torch.is_grad_enabled() and hasattr(cache, "norm_rope_write")
 
     def _masked(self, mask: BlockCausalMask | None) -> Callable[[int], Attend]:
         attention = self.ops.block_causal_attention

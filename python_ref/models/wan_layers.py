@@ -15,6 +15,8 @@ from python_ref.ops.attention import cast_to_autocast_dtype
 
 Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Projected keys, values, the weight of the keys' norm, grid and eps, to keys: a cache's norm_rope_write, of one layer.
+WriteKeys = Callable[[Tensor, Tensor, Tensor, Grid, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,20 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     parallel: ContextParallel | None = None  # over the processes that hold the other tokens of x
 
-    def forward(self, x: Tensor, positions: Positions, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, positions: Positions, attend: Attend, write_keys: WriteKeys | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, L, dim], and the keys (as the cache wants them) and values [B, L, H, D] for a cache: of all tokens
-        and this process's heads, where x has a share of the tokens."""
+        and this process's heads, where x has a share of the tokens. With ``write_keys`` the cache has them already."""
         (x,) = cast_to_autocast_dtype(x)  # once rather than in each of the three projections
         if self.parallel is not None:
             return self._forward_in_parallel(x, positions, attend, self.parallel)
         q = self._norm_and_rotate(self.q(x), self.norm_q, positions)
-        k = self._norm_and_rotate(self.k(x), self.norm_k, positions)
-        v = self.split_heads(self.v(x))
+        k, v = self.k(x), self.split_heads(self.v(x))
+        if write_keys is None:
+            k = self._norm_and_rotate(k, self.norm_k, positions)
+        else:
+            k = write_keys(k, v, self.norm_k.weight, positions.grid, self.eps)
         return self.o(attend(q, k, v).flatten(2)), k, v
 
     def _forward_in_parallel(
@@ -191,11 +198,12 @@ class WanBlock(nn.Module):
         context: tuple[Tensor, Tensor],  # [B, text_len, H, D] each
         positions: Positions,
         attend: Attend,
+        write_keys: WriteKeys | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The new x, and this block's keys and values for a cache."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = wide(time + self.modulation).unbind(2)
         normed = self.ops.modulated_layer_norm(x, shift, scale, self.eps)
-        y, k, v = self.self_attn(normed, positions, attend)
+        y, k, v = self.self_attn(normed, positions, attend, write_keys)
         x = self.ops.gated_residual(x, y, gate)
         x = x + self.cross_attn(self.norm3(x), *context)
         normed = self.ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps)

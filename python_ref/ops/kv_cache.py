@@ -15,7 +15,7 @@ from torch import Tensor
 
 from python_ref.ops.attention import cast_to_autocast_dtype, masked_softmax_attention
 from python_ref.ops.page_pool import PagePool, PoolStats
-from python_ref.ops.rope import rope_3d
+from python_ref.ops.rope import qk_norm_rope, rope_3d
 from python_ref.ops.stream import PastFrame, Stream
 
 __all__ = ["PagePool", "PagedKVCache", "PoolStats", "Stream"]
@@ -295,6 +295,32 @@ class PagedKVCache:
                 self._keep(layer, block, *stored)
         else:
             self._keep(layer, block, *(x.detach() for x in stored))
+
+    def norm_rope_write(
+        self,
+        layer: int,
+        k: Tensor,  # [B, L, H_kv * D]
+        v: Tensor,  # [B, L, H_kv, D]
+        weight: Tensor,  # [H_kv * D]
+        grid: tuple[int, int, int],
+        eps: float = 1e-6,
+    ) -> Tensor:  # [B, L, H_kv, D]
+        """``write`` of block 0's keys as ``qk_norm_rope`` makes them (with rope "on_read" without rotation), and these.
+
+        Args:
+            layer: which layer.
+            k, v: projected keys, neither normalised nor rotated, and values.
+            weight, grid, eps: as in ``qk_norm_rope``.
+        """
+        k, v = cast_to_autocast_dtype(k, v)
+        heads = self.pool.num_heads
+        if self.rope == "on_write":
+            keys = qk_norm_rope(k, weight, heads, grid, self.position, eps)
+        else:
+            tokens = k.flatten(0, 1).unsqueeze(1)  # each a sequence of its own, at position 0
+            keys = qk_norm_rope(tokens, weight, heads, (1, 1, 1), 0, eps).view(*k.shape[:2], heads, -1)
+        self.write(layer, keys, v)
+        return keys
 
     def _begin_block(self, block: int, num_frames: int) -> None:
         plans = [stream._plan(block, num_frames) for stream in self.streams]
