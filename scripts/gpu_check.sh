@@ -135,7 +135,8 @@ hopper=false
 [ "${architecture%a}" != 9.0 ] || hopper=true
 part "GPU tests" 110 "${pytest[@]}" "${workers[@]}" tests/test_{cuda,rope,denoise,modulate,kv_cache_write}.py || true
 hopper_works=false
-if $hopper && gpu_part "GPU tests, Hopper's path" 80 env SELFFORCING_HOPPER=1 "${pytest[@]}" "${workers[@]}" tests/test_cuda.py; then
+if $hopper && gpu_part "GPU tests, Hopper's path" 80 env SELFFORCING_HOPPER=1 "${pytest[@]}" "${workers[@]}" \
+  tests/test_cuda.py; then
   hopper_works=true
 fi
 
@@ -158,7 +159,8 @@ small_hopper="bfloat16 and ((past_in_pages and page64) or (any_shape_and_layout 
 sanitize() {
   local name=$1 path=$2 cases=$3
   gpu_part "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 SELFFORCING_HOPPER="$path" "${sanitizer:-compute-sanitizer}" \
-    --tool "${name%%,*}" --kernel-name kns=selfforcing --error-exitcode 9 "${pytest[@]}" -x tests/test_cuda.py -k "$cases" || true
+    --tool "${name%%,*}" --kernel-name kns=selfforcing --error-exitcode 9 \
+    "${pytest[@]}" -x tests/test_cuda.py -k "$cases" || true
 }
 if [ -n "$sanitizer" ] || [ -n "$mode" ]; then
   for name in memcheck racecheck synccheck; do
@@ -173,9 +175,10 @@ fi
 # What the attention kernels are bound by. Clocks stay as they are.
 ncu=$(tool ncu)
 if [ -n "$ncu" ] || [ -n "$mode" ]; then
-  metrics=$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import gpu_report; print(",".join(gpu_report.NCU_METRICS))')
-  gpu_part ncu 90 "${ncu:-ncu}" --csv --page raw --print-units base --clock-control none --log-file "$work/ncu.csv" \
-    --kernel-name "regex:^(mma|hopper|float32)_" --launch-count 24 --metrics "$metrics" "${benchmarks[@]}" --once || true
+  metrics=$(PYTHONPATH=benchmarks "$python" -c 'import gpu_report; print(",".join(gpu_report.NCU_METRICS))')
+  gpu_part ncu 90 "${ncu:-ncu}" --csv --page raw --print-units base --log-file "$work/ncu.csv" --metrics "$metrics" \
+    --clock-control none --target-processes all --kernel-name "regex:^(mma|hopper)_" --launch-count 28 \
+    "${benchmarks[@]}" --once || true
 else
   note ncu "NOT RUN, ncu was not found" 0
 fi

@@ -234,6 +234,11 @@ def test_the_flow_where_all_is_well(tmp_path: Path):
     assert (report["device"], report["architecture"]) == ("stand-in", "9.0a")
 
 
+def test_a_folder_with_packages_stays_on_the_path(tmp_path: Path):
+    _, report = StandIn(tmp_path, self_test='echo "$PYTHONPATH"').run(PYTHONPATH="/packages")
+    assert {part["name"]: part["last_line"] for part in report["parts"]}["self-test"] == f"{ROOT}:/packages"
+
+
 def test_a_path_that_fails_its_tests_is_timed_on_its_own(tmp_path: Path):
     """It may hang or end the process: the rows of the other path are safe by then."""
     status, report = StandIn(tmp_path, hopper_tests=1).run()
