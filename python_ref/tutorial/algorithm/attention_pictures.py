@@ -68,8 +68,8 @@ def attention_by_frame(
     """
     layers = []
 
-    def watch(_module: torch.nn.Module, arguments: tuple[Tensor, Positions, Attend]) -> tuple:
-        x, positions, attend = arguments
+    def watch(_module: torch.nn.Module, arguments: tuple[Tensor, Positions, Attend, None]) -> tuple:
+        x, positions, attend, write_keys = arguments
 
         def attend_and_record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = attend(q, k, v)  # first: it checks that the mask fits
@@ -79,7 +79,7 @@ def attention_by_frame(
             layers.append(weights.unflatten(3, size).sum(4).unflatten(2, size).mean((0, 1, 3)))
             return out
 
-        return x, positions, attend_and_record
+        return x, positions, attend_and_record, write_keys
 
     hooks = [block.self_attn.register_forward_pre_hook(watch) for block in generator.blocks]
     try:
