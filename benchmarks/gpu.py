@@ -509,7 +509,7 @@ def elementwise(scale: Scale) -> Iterator[Callable[[], Case]]:
             made = [problem for problem in problems(size, DTYPE) if (problem.name in LATENT_OPS) == on_latents]
         for problem in made:
             yield lambda problem=problem: fused(scale, problem)
-    yield lambda: cache_write(scale)
+    yield from cache_writes(scale)
 
 
 def fused(scale: Scale, problem: Problem) -> Case:
@@ -521,24 +521,25 @@ def fused(scale: Scale, problem: Problem) -> Case:
     return against_copy(scale, problem.name, call, moved)
 
 
-def cache_write(scale: Scale) -> Case:
-    """A window at once, so that it does not fit into a cache of the GPU."""
-    cache = PagedKVCache(
-        1,
-        scale.heads,
-        scale.head_dim,
-        scale.tokens,
-        window_frames=scale.window,
-        dtype=DTYPE,
-        device=scale.device,
-    )
+def cache_writes(scale: Scale) -> Iterator[Callable[[], Case]]:
+    """A window at once, so that it does not fit into a cache of the GPU; alone, and with what comes before it."""
+    shape = scale.heads, scale.head_dim, scale.tokens
+    cache = PagedKVCache(1, *shape, window_frames=scale.window, dtype=DTYPE, device=scale.device)
     k, v = scale.randn(scale.window), scale.randn(scale.window)
+    projected = k.flatten(2)
+    weight = torch.rand(projected.shape[2], device=scale.device)
+    grid = (scale.window, *scale.frame)
 
-    def call() -> Outputs:
+    def write() -> Outputs:
         cache.write(0, k, v)
         return ()
 
-    return against_copy(scale, "kv_cache write", call, 4 * k.nbytes)
+    def norm_rope_write() -> Outputs:
+        with torch.no_grad():
+            return cache.norm_rope_write(0, projected, v, weight, grid)
+
+    yield lambda: against_copy(scale, "kv_cache write", write, 4 * k.nbytes)
+    yield lambda: against_copy(scale, "norm_rope_write", norm_rope_write, 5 * k.nbytes)
 
 
 def against_copy(scale: Scale, name: str, call: Callable[[], Outputs], moved: int) -> Case:

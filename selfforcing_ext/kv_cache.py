@@ -425,7 +425,7 @@ class PagedKVCache:
             kv_cache_ops.reserve(self, layer, num_frames)
             return self._write_start
         self._take_pages(num_frames, block, layer)
-        return self._write_start if block == 0 else torch.from_numpy(self._write_starts(block)).to(self.device)
+        return self._write_start if block == 0 else _on_device(self._write_starts(block), self.device)
 
     def _pages_to_write(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Pages of keys and values, their scales, and the offset of keys."""
@@ -813,8 +813,7 @@ class PagedKVCache:
         """Spans [B, G, S, 4] and start frames [B] of a later block."""
         if (block, num_frames) not in self._staged:
             records, start = self._records(block, np.array([num_frames]))
-            on_device = torch.from_numpy(records[0]).to(self.device), torch.from_numpy(start[0]).to(self.device)
-            self._staged[block, num_frames] = on_device
+            self._staged[block, num_frames] = _on_device(records[0], self.device), _on_device(start[0], self.device)
         return self._staged[block, num_frames]
 
     def _at_length(self, of_lengths: Tensor, num_frames: int) -> Tensor:
@@ -872,10 +871,10 @@ class KVCacheView:
             self._page_table, self._past_spans = kv_cache_ops.pin(cache)
             self._rope_position = cache._rope_position.clone()
         else:
-            self.position = on_host(cache._start_frames(block), torch.int32).to(cache.device)
+            self.position = _on_device(np.array(cache._start_frames(block), dtype=np.int32), cache.device)
             records, starts = cache._records(block, cache._lengths)
             self._page_table = kv_cache_ops.pinned_rows(cache, cache._page_table, block)
-            self._past_spans, self._rope_position = (torch.from_numpy(x).to(cache.device) for x in (records, starts))
+            self._past_spans, self._rope_position = (_on_device(x, cache.device) for x in (records, starts))
             cache._read_blocks.update(range(block))
         self._turns = cache._turns
         # What a block may be, as the cache says it of its own; the first block alone may be too short.
@@ -1001,6 +1000,7 @@ def _show(target: Tensor, values: NDArray[np.int32]) -> None:
     target.copy_(source, non_blocking=True)
 
 
-def on_host(values: Sequence[object], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU, whatever torch's default device is."""
-    return torch.tensor(values, dtype=dtype, device="cpu")
+def _on_device(values: NDArray[np.int32], device: torch.device) -> Tensor:
+    target = torch.empty(values.shape, dtype=torch.int32, device=device)
+    _show(target, values)
+    return target
