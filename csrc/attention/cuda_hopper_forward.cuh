@@ -20,7 +20,7 @@ struct HopperForwardTile {
   static constexpr int kConsumers = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kQueries = kConsumers * kWarpgroupRows;
   static constexpr int kKeys = kHeadDim <= 64 ? 128 : 192;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
   // Every thread starts with as many registers as all could have; then they go where they are needed.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
