@@ -146,6 +146,34 @@ def test_streams_of_other_lengths_and_a_new_start(tapes: Tapes):
     assert len(tapes.made) == 1
 
 
+@torch.no_grad()
+def test_what_a_stream_sees_is_chosen_between_blocks(tapes: Tapes):
+    """Biases and a selection with room are data; one with more spans than there was room for is captured anew."""
+    generator = model()
+    outputs = []
+    for use_graph in (False, True):
+        pool = PagePool(60, 5, CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim)
+        streams = [pool.open_stream(frame_seqlen=FRAME_SEQLEN, max_frames=14) for _ in range(BATCH)]
+        cache = PagedKVCache.of_streams(streams)
+        tapes.growing = [cache]
+        denoise = denoising_of(generator, cache)
+        run = GraphedBlock(cache, FRAMES, denoise) if use_graph else denoise
+        found, recordings = [], []
+        for index in range(7):
+            if index == 3:
+                cache.past_bias = (0.0, -1.0, 0.5)
+                streams[0].select_frames([0, 1])
+            if index == 5:
+                streams[1].select_frames([0, 3, 6])
+            with tapes.seen if index == 0 else torch.no_grad():
+                found.append(run(*block_inputs(index)))
+            recordings.append(len(tapes.made))
+        outputs.append(found)
+    for index, (eager, replayed) in enumerate(zip(*outputs, strict=True)):
+        assert_same_bits(replayed, eager, f"block {index}")
+    assert recordings == [0, 1, 1, 1, 1, 2, 2]
+
+
 def test_outputs_and_inputs_stay_the_callers(tapes: Tapes):
     generator = model()
     cache = generator.make_cache((BATCH, 1, *LATENT), None, window_frames=5)
