@@ -5,8 +5,8 @@
 
 namespace selfforcing {
 
-// The rows of a table (RopeAxes::table_offset) that turn one token, each moved so that it is indexed by the pair's
-// number in the head.
+// The rows of a table (RopeAxes::table_offset) that turn one token: where they begin, each moved so that it is indexed
+// by the pair's number in the head. Numbers of entries rather than pointers, since every pair chooses one of three.
 class TokenAngles {
  public:
   TokenAngles() = default;
@@ -14,17 +14,19 @@ class TokenAngles {
   // The table has rows for `table_frames` frames, of which those of the token's grid start at `first_frame`.
   __device__ __forceinline__ TokenAngles(const RopeAxes& axes, const float* table, int32_t token, int32_t table_frames,
                                          int32_t first_frame = 0)
-      : frame_pairs_(axes.pairs[0]), row_pairs_end_(axes.pairs[0] + axes.pairs[1]) {
-    const float2* rows = reinterpret_cast<const float2*>(table);
-    const uint32_t line = static_cast<uint32_t>(token) / static_cast<uint32_t>(axes.size[2]);
-    const uint32_t column = static_cast<uint32_t>(token) - line * static_cast<uint32_t>(axes.size[2]);
-    const uint32_t frame = line / static_cast<uint32_t>(axes.size[1]);
-    const uint32_t row = line - frame * static_cast<uint32_t>(axes.size[1]);
-    frame_ = rows + static_cast<int64_t>(first_frame + static_cast<int32_t>(frame)) * axes.pairs[0];
-    rows += static_cast<int64_t>(table_frames) * axes.pairs[0];
-    row_ = rows + static_cast<int64_t>(row) * axes.pairs[1] - frame_pairs_;
-    rows += static_cast<int64_t>(axes.size[1]) * axes.pairs[1];
-    column_ = rows + static_cast<int64_t>(column) * axes.pairs[2] - row_pairs_end_;
+      : table_(reinterpret_cast<const float2*>(table)),
+        frame_pairs_(static_cast<uint32_t>(axes.pairs[0])),
+        row_pairs_end_(static_cast<uint32_t>(axes.pairs[0] + axes.pairs[1])) {
+    const uint32_t rows = static_cast<uint32_t>(axes.size[1]), columns = static_cast<uint32_t>(axes.size[2]);
+    const uint32_t row_pairs = row_pairs_end_ - frame_pairs_, column_pairs = static_cast<uint32_t>(axes.pairs[2]);
+    const uint32_t line = static_cast<uint32_t>(token) / columns,
+                   column = static_cast<uint32_t>(token) - line * columns;
+    const uint32_t frame = line / rows, row = line - frame * rows;
+    const uint32_t row_entries = static_cast<uint32_t>(table_frames) * frame_pairs_;
+    const uint32_t column_entries = row_entries + rows * row_pairs;
+    frame_ = (static_cast<uint32_t>(first_frame) + frame) * frame_pairs_;
+    row_ = row_entries + row * row_pairs - frame_pairs_;
+    column_ = column_entries + column * column_pairs - row_pairs_end_;
   }
 
   // Rotates channels [d, d + kWidth) of a head, or back; d is even.
@@ -33,8 +35,10 @@ class TokenAngles {
     static_assert(kWidth % 2 == 0);
 #pragma unroll
     for (int i = 0; i < kWidth; i += 2) {
-      const int32_t pair = (d + i) / 2;
-      const float2 turn = __ldg((pair < frame_pairs_ ? frame_ : pair < row_pairs_end_ ? row_ : column_) + pair);
+      const uint32_t pair = static_cast<uint32_t>(d) / 2 + i / 2;
+      const float2 turn = __ldg(table_ + (pair + (pair < frame_pairs_     ? frame_
+                                                  : pair < row_pairs_end_ ? row_
+                                                                          : column_)));
       const float sine = back ? -turn.y : turn.y;
       const float real = values[i], imaginary = values[i + 1];
       values[i] = real * turn.x - imaginary * sine;
@@ -43,8 +47,8 @@ class TokenAngles {
   }
 
  private:
-  int32_t frame_pairs_ = 0, row_pairs_end_ = 0;
-  const float2 *frame_ = nullptr, *row_ = nullptr, *column_ = nullptr;
+  const float2* table_ = nullptr;
+  uint32_t frame_pairs_ = 0, row_pairs_end_ = 0, frame_ = 0, row_ = 0, column_ = 0;
 };
 
 }  // namespace selfforcing
