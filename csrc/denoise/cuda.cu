@@ -77,16 +77,17 @@ __device__ __forceinline__ void load_noise(const ConstLatents& given, const Phil
 template <typename T, NoiseSource kSource, int kWidth>
 __global__ void __launch_bounds__(kThreads) denoise_kernel(const DenoiseParams params) {
   for_planes<kWidth>(params.shape, [&](const Place& place) {
-    float flow[kWidth], x[kWidth];
+    // All loads come before the first store, which they could not pass.
+    const bool step = params.x_next.data != nullptr;
+    float flow[kWidth], x[kWidth], noise[kWidth];
     guided_flow<T>(params, place, flow);
     ptx::load_elements<T>(at<T>(params.x_t, place), x);
+    if (step) load_noise<T, kSource>(params.noise, params.drawn, params.shape, place, noise);
     const float sigma = params.sigma.at(place.batch, place.frame);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] -= sigma * flow[i];
     ptx::store_elements<T>(at<T>(params.x0, place), x);
-    if (params.x_next.data == nullptr) return;
-    float noise[kWidth];
-    load_noise<T, kSource>(params.noise, params.drawn, params.shape, place, noise);
+    if (!step) return;
     const float sigma_next = params.sigma_next.at(place.batch, place.frame);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = (1.0f - sigma_next) * x[i] + sigma_next * noise[i];
