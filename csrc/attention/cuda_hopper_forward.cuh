@@ -10,22 +10,18 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda_hopper_tiles.cuh"
+#include "cuda_hopper_keys.cuh"
 #include "cuda_key_split.cuh"
 
 namespace selfforcing::attention_cuda {
 
 template <typename T, int kHeadDim>
 struct HopperForwardTile {
-  static constexpr int kConsumers = kHeadDim <= 64 ? 3 : 2;
+  using Block = HopperBlock<kHeadDim <= 64 ? 3 : 2>;
+  static constexpr int kConsumers = Block::kConsumers;
   static constexpr int kQueries = kConsumers * kWarpgroupRows;
   static constexpr int kKeys = kHeadDim <= 64 ? 128 : 192;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
-  // Every thread starts with as many registers as all could have; then they go where they are needed.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * (65536 / kThreads / 8 * 8));
 
   using Queries = HopperTile<T, kQueries, kHeadDim>;
   using Keys = HopperTile<T, kKeys, kHeadDim>;
@@ -67,17 +63,11 @@ struct ForwardSchedule {
   int32_t whole_tiles;  // these first, then some that several thread blocks share
   int32_t parts;        // of those
   int32_t items;
-
-  // In serpentine rounds: who had the longest work of one round has the shortest of the next.
-  __device__ __forceinline__ int32_t item(int32_t round) const {
-    const int32_t block = static_cast<int32_t>(blockIdx.x);
-    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-  }
 };
 
 struct ForwardMaps {
-  ptx::TensorMap q, k, v, k_pages, v_pages;
-  int32_t page_rows;  // of a box of a page
+  ptx::TensorMap q;
+  KeyMaps keys;
 };
 
 // The producer: one warp.
@@ -89,28 +79,8 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
   BufferPosition<1> queries;
   BufferPosition<Tile::kStages> keys;
 
-  // One tile of keys or of values, all lanes together: a box for each of some lanes.
-  const auto load = [&](const ColumnTile& tile, int first, ptx::SharedAddress full, int32_t stream, int32_t kv_head,
-                        bool values) {
-    const typename Tile::Keys to(values ? shared.values[keys.stage()] : shared.keys[keys.stage()]);
-    const int boxes = tile.in_past() ? (first + tile.count + maps.page_rows - 1) / maps.page_rows : 1;
-    const int rows = tile.in_past() ? maps.page_rows : Tile::kKeys;
-    if (lane() == 0) ptx::barrier_arrive_expect(full, boxes * rows * kHeadDim * static_cast<int>(sizeof(T)));
-    __syncwarp();
-    if (lane() >= boxes) return;
-    if (tile.in_past()) {
-      const int row = lane() * maps.page_rows;
-      const PagePlace place = place_in_pages(params.past.page_table + stream * params.past.table_stride,
-                                             params.past.page_size, tile.start - first + row);
-      to.load(values ? maps.v_pages : maps.k_pages, full, row, static_cast<int32_t>(place.offset), kv_head,
-              static_cast<int32_t>(place.page));
-    } else {
-      to.load(values ? maps.v : maps.k, full, 0, tile.start, kv_head, stream);
-    }
-  };
-
   for (;; ++queries.use) {
-    const int32_t item = schedule.item(static_cast<int32_t>(queries.use));
+    const int32_t item = item_of_round(static_cast<int32_t>(queries.use));
     const int32_t shared_item = item - schedule.whole_tiles;
     const bool whole = shared_item < 0;
     RowTile rows{0, 0, 0};
@@ -133,7 +103,7 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
     const int32_t part = whole ? 0 : shared_item % schedule.parts;
     ColumnTiles<Tile::kKeys> tiles(params.spans, rows.block, params.num_keys);
     tiles.prepend(params.past, stream, kv_head);
-    tiles.align_past(maps.page_rows);
+    tiles.align_past(maps.keys.page_rows);
     tiles.take_every(whole ? 1 : schedule.parts, part);
     ColumnTile tile;
     bool more = tiles.next(tile);
@@ -151,14 +121,16 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
     for (; more; ++keys.use) {
       const ColumnTile now = tile;
       more = tiles.next(tile);
-      const int first = now.in_past() ? now.start & (maps.page_rows - 1) : 0;
+      const int first = first_row(maps.keys, now);
       keys.wait_empty(shared.key_barriers);
       if (lane() == 0)
         shared.tiles[keys.use % shared.kKnownTiles] = {
             first, first + now.count, KeySource<T>{params, stream, kv_head, false}.bias_log2(now), !more};
-      load(now, first, keys.full(shared.key_barriers), stream, kv_head, false);
+      load_keys(params, maps.keys, now, stream, kv_head, false, typename Tile::Keys(shared.keys[keys.stage()]),
+                keys.full(shared.key_barriers));
       keys.wait_empty(shared.value_barriers);
-      load(now, first, keys.full(shared.value_barriers), stream, kv_head, true);
+      load_keys(params, maps.keys, now, stream, kv_head, true, typename Tile::Keys(shared.values[keys.stage()]),
+                keys.full(shared.value_barriers));
     }
   }
 }
@@ -251,7 +223,6 @@ template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume_forward(const AttentionParams& params, const KeySplit& split, int group,
                                                 HopperForwardShared<T, kHeadDim>& shared) {
   using Tile = HopperForwardTile<T, kHeadDim>;
-  constexpr int kConsumerThreads = Tile::kConsumers * kWarpgroupThreads;
   const typename Tile::Queries q_tile(shared.queries);
   const float scale_log2 = fabsf(params.softmax_scale) * kLog2E;
   const Turns<Tile::kConsumers> turns(group);
@@ -268,19 +239,14 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
     keys.release(shared.key_barriers);
     if (known(keys.use).last) queries.release(shared.query_barriers);
   };
-  // Waits for the values of the newest keys. Where none are visible may be anything, which a probability of zero does
-  // not make zero.
+  // Waits for the values of the newest keys.
   const auto wait_for_values = [&] {
     const BufferPosition<Tile::kStages> newest{keys.use};
     newest.wait_full(shared.value_barriers);
     const int first = known(newest.use).first, end = known(newest.use).end;
     if (first == 0 && end == Tile::kKeys) return;
-    const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
-    const typename Tile::Keys tile(shared.values[newest.stage()]);
-    tile.clear(0, first, thread, kConsumerThreads);
-    tile.clear(end, Tile::kKeys, thread, kConsumerThreads);
-    ptx::fence_async_proxy();
-    ptx::named_barrier_sync(Turns<Tile::kConsumers>::kFirstBarrier + Tile::kConsumers, kConsumerThreads);
+    clear_invisible(typename Tile::Keys(shared.values[newest.stage()]), first, end, Tile::Block::kConsumerThreads);
+    ptx::named_barrier_sync(Turns<Tile::kConsumers>::kFirstBarrier + Tile::kConsumers, Tile::Block::kConsumerThreads);
   };
   const auto multiply_values = [&](float (&out)[kHeadDim / 2], const unsigned (&weights)[Tile::kKeys / 16][4]) {
     add_product(out, weights, typename Tile::Keys(shared.values[values.stage()]));
@@ -337,27 +303,21 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::kThreads, kOneBlock)
+__global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::Block::kThreads, kOneBlock)
     hopper_forward_kernel(const AttentionParams params, const __grid_constant__ ForwardMaps maps,
                           const ForwardSchedule schedule, const KeySplit split) {
   using Tile = HopperForwardTile<T, kHeadDim>;
   SELFFORCING_DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<HopperForwardShared<T, kHeadDim>*>(bytes);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = Tile::kConsumers * kWarpgroupWarps;
-    shared.query_barriers.init(kConsumerWarps);
-    shared.key_barriers.init(kConsumerWarps);
-    shared.value_barriers.init(kConsumerWarps);
+    shared.query_barriers.init(Tile::Block::kConsumerWarps);
+    shared.key_barriers.init(Tile::Block::kConsumerWarps);
+    shared.value_barriers.init(Tile::Block::kConsumerWarps);
     ptx::fence_barrier_init();
   }
   __syncthreads();
-  if (warpgroup() == 0) {
-    ptx::release_registers<Tile::kProducerRegisters>();
-    if (warp() == 0) produce_forward<T, kHeadDim>(params, maps, schedule, shared);
-  } else {
-    ptx::take_registers<Tile::kConsumerRegisters>();
-    consume_forward<T, kHeadDim>(params, split, warpgroup() - 1, shared);
-  }
+  Tile::Block::run([&] { produce_forward<T, kHeadDim>(params, maps, schedule, shared); },
+                   [&](int group) { consume_forward<T, kHeadDim>(params, split, group, shared); });
 }
 
 // Joins the parts of the tiles that thread blocks shared: a block each.
@@ -419,29 +379,16 @@ int32_t launch_hopper_forward(const AttentionParams& params) {
   static_assert(sizeof(Shared) <= ptx::kMaxSharedBytesHopper);
   const ForwardSchedule schedule = schedule_forward<T, kHeadDim>(params);
   if (schedule.items == 0) return 0;
-  const PagedPast& past = params.past;
   ForwardMaps maps{};
-  maps.page_rows = past.k_pages == nullptr ? 1 : page_box_rows(past.page_size, Tile::kKeys);
-  const auto pages = [&](ptx::TensorMap& map, bool values) {
-    return encode_heads<typename Tile::Keys>(map, heads_of_pages(past, values), past.num_pages, past.page_size,
-                                             params.num_kv_heads, params.head_dim, maps.page_rows);
-  };
-  const auto own = [&](ptx::TensorMap& map, const ConstHeads& heads) {
-    return encode_heads<typename Tile::Keys>(map, heads, params.batch, params.num_keys, params.num_kv_heads,
-                                             params.head_dim);
-  };
   int32_t error = encode_heads<typename Tile::Queries>(maps.q, params.q, params.batch, params.num_queries,
                                                        params.num_heads, params.head_dim);
-  if (error == 0) error = own(maps.k, params.k);
-  if (error == 0) error = own(maps.v, params.v);
-  if (error == 0 && past.num_pages > 0) error = pages(maps.k_pages, false);
-  if (error == 0 && past.num_pages > 0) error = pages(maps.v_pages, true);
+  if (error == 0) error = encode_keys<typename Tile::Keys>(maps.keys, params);
   if (error != 0) return error;
 
   const int64_t rows = shared_rows<T, kHeadDim>(schedule);
   const KeySplit split(schedule.parts, rows, params.head_dim, params.workspace);
   error = ptx::launch(hopper_forward_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(schedule.blocks)),
-                      dim3(Tile::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);
+                      dim3(Tile::Block::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);
   if (error != 0 || schedule.parts == 1) return error;
   return ptx::launch(join_tiles_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(rows / Tile::kQueries)),
                      dim3(kJoinThreads), 0, params.stream, params, schedule, split);

@@ -1,7 +1,5 @@
 // Tiles of bfloat16 and float16 attention on Hopper's own instructions (sm_90a): the copy engine (TMA) brings rows of
 // heads and of pages to shared memory, where products of warpgroups (wgmma) read them; no thread moves an element.
-//
-// A thread block is a warpgroup that asks for copies and some that compute, 64 rows of a tile of rows each.
 #pragma once
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/warpgroup.cuh"
@@ -15,6 +13,37 @@ constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpSize;
 constexpr int kWarpgroupRows = kWarpgroupWarps * kFragmentRows;
 
 __device__ __forceinline__ int warpgroup() { return static_cast<int>(threadIdx.x / kWarpgroupThreads); }
+
+// A thread block of `kConsumerGroups` warpgroups that multiply and one before them of which one warp, the producer,
+// asks for copies. Every thread starts with as many registers as all could have; then they go where they are needed.
+template <int kConsumerGroups>
+struct HopperBlock {
+  static constexpr int kConsumers = kConsumerGroups, kConsumerThreads = kConsumers * kWarpgroupThreads;
+  static constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+  static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * (65536 / kThreads / 8 * 8));
+
+  // produce() by the producer, consume(number of the warpgroup) by the others.
+  template <typename Produce, typename Consume>
+  __device__ __forceinline__ static void run(const Produce& produce, const Consume& consume) {
+    if (warpgroup() == 0) {
+      ptx::release_registers<kProducerRegisters>();
+      if (warp() == 0) produce();
+    } else {
+      ptx::take_registers<kConsumerRegisters>();
+      consume(warpgroup() - 1);
+    }
+  }
+};
+
+// What this thread block of a grid as large as the GPU works on in its n-th round. Serpentine: who had the longest work
+// of one round has the shortest of the next.
+__device__ __forceinline__ int32_t item_of_round(int32_t round) {
+  const int32_t block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
+  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
 
 // ---- Shared memory
 
@@ -108,15 +137,15 @@ __device__ __forceinline__ void round_sums(unsigned (&factor)[kDepths][4], const
       factor[depth][i] = ptx::pack_pair<T>(sums[8 * depth + 2 * i], sums[8 * depth + 2 * i + 1]);
 }
 
-// Asks for sums += factor b.
-template <typename T, int kRows, int kHeadDim>
-__device__ __forceinline__ void add_product(float (&sums)[kHeadDim / 2],
-                                            const unsigned (&factor)[kRows / kFragmentDepth][4],
-                                            const HopperTile<T, kRows, kHeadDim>& b) {
+// Asks for sums += factor b, for as many rows of b, from `row` on, as the factor has columns.
+template <typename T, int kDepths, int kRows, int kHeadDim>
+__device__ __forceinline__ void add_product(float (&sums)[kHeadDim / 2], const unsigned (&factor)[kDepths][4],
+                                            const HopperTile<T, kRows, kHeadDim>& b, int row = 0) {
   const ptx::MatrixDescriptor right = b.columns_factor();
 #pragma unroll
-  for (int depth = 0; depth < kRows / kFragmentDepth; ++depth)
-    ptx::multiply_add_registers<T, kHeadDim, true>(sums, factor[depth], right.advanced(b.bytes_to_rows(depth)), true);
+  for (int depth = 0; depth < kDepths; ++depth)
+    ptx::multiply_add_registers<T, kHeadDim, true>(sums, factor[depth],
+                                                   right.advanced(b.bytes_to_rows(row / kFragmentDepth + depth)), true);
 }
 
 // ---- Buffers that go from a producer to consumers and back
