@@ -1,7 +1,7 @@
 """Compiles every CUDA source for every architecture and prints what each kernel needs; needs nvcc but no GPU.
 
 Fails on a compiler error or warning, and when an attention kernel spills registers or uses local memory: that would be
-device memory in the inner loop.
+device memory in the inner loop. Also where the compiler makes Hopper's asynchronous products wait for each other.
 
 python scripts/check_cuda_kernels.py [ARCHITECTURE ...]   (default: 80 90a 100a 120a)
 """
@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++20", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
 HOPPER = "90a"  # the only architecture that csrc/attention/cuda_hopper*.cu are compiled for
+# ptxas says these as information: a kernel with asynchronous products that became synchronous.
+STALLED_PRODUCTS = re.compile(r"wgmma\.mma_async instructions are serialized|warpgroup\.\w+ is injected")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
@@ -72,6 +74,8 @@ def compile_source(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
     output = result.stdout + result.stderr
     if result.returncode:
         raise SystemExit(f"{output}\n{' '.join(command)} failed")
+    if STALLED_PRODUCTS.search(output):
+        raise SystemExit(f"{output}\n{source.name}: the compiler lets products of warpgroups wait for each other")
     entries = list(ENTRY.finditer(output))
     if output.count("Compiling entry function") != len(entries):
         raise SystemExit(f"{output}\nnot every kernel's report was understood")
