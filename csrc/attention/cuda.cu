@@ -51,6 +51,9 @@ int32_t attention_forward_cuda(const AttentionParams& params) {
 }
 
 int32_t attention_backward_cuda(const AttentionBackwardParams& params) {
+  if constexpr (kWithHopper)
+    if (attention_cuda::fits_hopper_backward(params) && asks_for_hopper())
+      return attention_cuda::hopper_backward(params);
   switch (params.dtype) {
     case DType::bfloat16: return attention_cuda::backward_bfloat16(params);
     case DType::float16: return attention_cuda::backward_float16(params);

@@ -84,14 +84,16 @@ std::vector<Case> hopper_cases() {
   return all;
 }
 
-void forward(const AttentionParams& params) {
+// Every other launch runs the threads of a block in another order.
+template <auto kLaunch, auto kFits, typename Params>
+void launch(const Params& params) {
   static unsigned launches = 0;
   constexpr emulation::Order kOrders[] = {emulation::Order::forward, emulation::Order::random,
                                           emulation::Order::reverse};
   emulation::set_order(kOrders[launches % 3], launches);
   ++launches;
-  if (!attention_cuda::fits_hopper_forward(params)) throw std::runtime_error("the kernels do not take this call");
-  emulation::launch<attention_cuda::hopper_forward>(params);
+  if (!kFits(params)) throw std::runtime_error("the kernels do not take this call");
+  emulation::launch<kLaunch>(params);
 }
 
 // What the kernels must leave to others, each change alone.
@@ -138,7 +140,10 @@ int check_fits() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const attention_test::Kernels kernels{attention_cuda::hopper_forward_workspace_bytes, forward};
+  using namespace attention_cuda;
+  const attention_test::Kernels kernels{
+      hopper_forward_workspace_bytes, launch<hopper_forward, fits_hopper_forward, AttentionParams>,
+      attention_backward_workspace_bytes_cuda, launch<hopper_backward, fits_hopper_backward, AttentionBackwardParams>};
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
   const bool passed = attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures,
                                                 hopper_cases(), {DType::bfloat16, DType::float16});

@@ -1,0 +1,509 @@
+// Gradients of attention on Hopper's own instructions, in the three passes of cuda_mma_backward.cuh, so that the same
+// inputs give the same bits: delta per query; grad_q by tiles of queries over the keys they see; grad_k and grad_v by
+// tiles of keys over the queries that see them. docs/performance.md says why not in one pass.
+//
+// In both kernels one warp, the producer, asks for copies as far ahead as there are buffers. Consumers, warpgroups with
+// 64 rows each, share the tiles of columns that pass. Scores, [rows, columns], are laid out so that what becomes of
+// them in registers is the left factor of the next product: by queries for grad_q, by keys (transposed) for grad_k and
+// grad_v. While a consumer computes probabilities, its products with grad_out run; while it ends a tile, the scores of
+// the next one are on their way.
+#pragma once
+#include <algorithm>
+
+#include "cuda_hopper_keys.cuh"
+#include "cuda_statistics.cuh"
+
+namespace selfforcing::attention_cuda {
+
+template <typename T, int kHeadDim, int kTileColumns, int kTileStages>
+struct HopperBackwardTile {
+  using Block = HopperBlock<2>;
+  static constexpr int kRows = Block::kConsumers * kWarpgroupRows, kColumns = kTileColumns, kStages = kTileStages;
+  static constexpr int kClearBarrier = 1;  // the named barrier of all consumers
+
+  using Rows = HopperTile<T, kRows, kHeadDim>;
+  using Columns = HopperTile<T, kColumns, kHeadDim>;
+};
+
+template <typename T, int kHeadDim>
+using HopperGradQTile = HopperBackwardTile<T, kHeadDim, 128, kHeadDim <= 64 ? 4 : 2>;
+// Two sums stay in registers, which leaves room for fewer columns.
+template <typename T, int kHeadDim>
+using HopperGradKVTile = HopperBackwardTile<T, kHeadDim, kHeadDim <= 64 ? 96 : 64, 4>;
+
+// A tile of rows.
+struct BackwardWork {
+  int32_t start, count;  // no rows: the end
+  int32_t stream, head;  // of queries, or of keys
+  int32_t sees_columns;
+};
+
+// What a consumer is told of a tile of columns.
+struct alignas(16) BackwardColumns {
+  int32_t first, end;  // the columns that count
+  float bias_log2;
+  int32_t last;  // of this work
+};
+
+// Of queries `left` is q and `right` is grad_out, of keys `left` is k and `right` is v: scores are products of the
+// left ones, gradients of probabilities of the right ones.
+template <typename Tile>
+struct HopperBackwardShared {
+  static constexpr int kStages = Tile::kStages;
+
+  alignas(1024) unsigned char left_rows[Tile::Rows::kBytes], right_rows[Tile::Rows::kBytes];
+  alignas(1024) unsigned char left_columns[kStages][Tile::Columns::kBytes];
+  alignas(1024) unsigned char right_columns[kStages][Tile::Columns::kBytes];
+  alignas(16) float lse_log2[kStages][Tile::kColumns], delta[kStages][Tile::kColumns];  // where columns are queries
+  BufferBarriers<1> row_barriers;
+  BufferBarriers<kStages> left_barriers, right_barriers;
+  BackwardWork work[2];  // of one tile of rows the consumers know until they have written it, the other is next
+  BackwardColumns tiles[kStages];
+};
+
+template <typename Tile>
+__device__ __forceinline__ HopperBackwardShared<Tile>& backward_shared(unsigned char* bytes) {
+  auto& shared = *reinterpret_cast<HopperBackwardShared<Tile>*>(bytes);
+  if (threadIdx.x == 0) {
+    shared.row_barriers.init(Tile::Block::kConsumerWarps);
+    shared.left_barriers.init(Tile::Block::kConsumerWarps);
+    shared.right_barriers.init(Tile::Block::kConsumerWarps);
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  return shared;
+}
+
+// By all lanes of the producer: tells the consumers of a tile of rows, and asks for its rows if they see any columns.
+template <typename Tile>
+__device__ __forceinline__ void hand_out(const BackwardWork& work, unsigned use, const ptx::TensorMap& left,
+                                         const ptx::TensorMap& right, HopperBackwardShared<Tile>& shared) {
+  const BufferPosition<1> rows{use};
+  rows.wait_empty(shared.row_barriers);
+  if (lane() != 0) return;
+  shared.work[use % 2] = work;
+  const ptx::SharedAddress full = rows.full(shared.row_barriers);
+  if (work.sees_columns == 0) {
+    ptx::barrier_arrive(full);
+    return;
+  }
+  ptx::barrier_arrive_expect(full, 2 * Tile::Rows::kBytes);
+  typename Tile::Rows(shared.left_rows).load(left, full, 0, work.start, work.head, work.stream);
+  typename Tile::Rows(shared.right_rows).load(right, full, 0, work.start, work.head, work.stream);
+}
+
+// Writes factor * sums, a consumer's rows of a tile.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_gradients(const MutableHeads& tensor, int32_t head_dim, const BackwardWork& work,
+                                                int first, float factor, const float (&sums)[kHeadDim / 2]) {
+  const Rows<T> rows = head_rows<T>(tensor, work.stream, work.head);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + row_in_fragment(i);
+    if (row >= work.count) continue;
+    T* const to = rows.at(work.start + row) + column_in_fragments(0, 0);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
+      if (d * kFragmentColumns < head_dim)
+        *reinterpret_cast<unsigned*>(to + d * kFragmentColumns) =
+            ptx::pack_pair<T>(sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor);
+  }
+}
+
+// The first row of this warp in a tile of rows.
+__device__ __forceinline__ int first_row_of_warp(int group) {
+  return group * kWarpgroupRows + warp() % kWarpgroupWarps * kFragmentRows;
+}
+
+// ---- grad_q: rows are queries, columns keys
+
+struct GradQMaps {
+  ptx::TensorMap q, grad_out;
+  KeyMaps keys;
+};
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& params, const GradQMaps& maps,
+                                               int32_t items,
+                                               HopperBackwardShared<HopperGradQTile<T, kHeadDim>>& shared) {
+  using Tile = HopperGradQTile<T, kHeadDim>;
+  using Columns = typename Tile::Columns;
+  BufferPosition<Tile::kStages> keys;
+  for (unsigned use = 0;; ++use) {
+    const int32_t item = item_of_round(static_cast<int32_t>(use));
+    RowTile rows{0, 0, 0};
+    if (item < items)
+      rows = find_row_tile<Tile::kRows, true>(params.spans, params.num_queries, item, params.batch * params.num_heads);
+    if (rows.count == 0) {
+      hand_out<Tile>({}, use, maps.q, maps.grad_out, shared);
+      return;
+    }
+    const int32_t stream = rows.copy / params.num_heads, head = rows.copy % params.num_heads;
+    const int32_t kv_head = head / (params.num_heads / params.num_kv_heads);
+    ColumnTiles<Tile::kColumns> tiles(params.spans, rows.block, params.num_keys);
+    tiles.prepend(params.past, stream, kv_head);
+    tiles.align_past(maps.keys.page_rows);
+    ColumnTile tile;
+    bool more = tiles.next(tile);
+    hand_out<Tile>({rows.start, rows.count, stream, head, more}, use, maps.q, maps.grad_out, shared);
+    for (; more; ++keys.use) {
+      const ColumnTile now = tile;
+      more = tiles.next(tile);
+      keys.wait_empty(shared.left_barriers);
+      const int first = first_row(maps.keys, now);
+      if (lane() == 0)
+        shared.tiles[keys.stage()] = {first, first + now.count,
+                                      KeySource<T>{params, stream, kv_head, false}.bias_log2(now), !more};
+      load_keys(params, maps.keys, now, stream, kv_head, false, Columns(shared.left_columns[keys.stage()]),
+                keys.full(shared.left_barriers));
+      keys.wait_empty(shared.right_barriers);
+      load_keys(params, maps.keys, now, stream, kv_head, true, Columns(shared.right_columns[keys.stage()]),
+                keys.full(shared.right_barriers));
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void consume_grad_q(const AttentionBackwardParams& params, int group,
+                                               HopperBackwardShared<HopperGradQTile<T, kHeadDim>>& shared) {
+  using Tile = HopperGradQTile<T, kHeadDim>;
+  using Columns = typename Tile::Columns;
+  constexpr int kSums = Tile::kColumns / 2;
+  const typename Tile::Rows q_tile(shared.left_rows), grad_out_tile(shared.right_rows);
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  const int row_of_group = group * kWarpgroupRows, row_of_warp = first_row_of_warp(group);
+  BufferPosition<1> rows;
+  BufferPosition<Tile::kStages> keys;
+
+  // Waits for the newest keys and asks for their scores.
+  const auto multiply_keys = [&](float (&scores)[kSums]) {
+    keys.wait_full(shared.left_barriers);
+    const Columns k_tile(shared.left_columns[keys.stage()]);
+    const BackwardColumns& known = shared.tiles[keys.stage()];
+    if (known.first > 0 || known.end < Tile::kColumns) {
+      clear_invisible(k_tile, known.first, known.end, Tile::Block::kConsumerThreads);
+      ptx::named_barrier_sync(Tile::kClearBarrier, Tile::Block::kConsumerThreads);
+    }
+    ptx::warpgroup_arrive(scores);
+    multiply_transposed(scores, q_tile, row_of_group, k_tile);
+    ptx::warpgroup_commit();
+  };
+
+  for (;; ++rows.use) {
+    rows.wait_full(shared.row_barriers);
+    const BackwardWork& work = shared.work[rows.use % 2];
+    if (work.count == 0) return;
+    float grad_q[kHeadDim / 2] = {};
+    if (work.sees_columns) {
+      float offset[2], delta[2];  // minus lse, in units of log2
+      const int64_t row_of_tile = row_of_head(params, work.stream, work.head) + work.start;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = row_of_warp + row_in_fragment(i);
+        const RowStatistics statistics = read_statistics(params, row_of_tile, row, row < work.count);
+        offset[i] = -statistics.lse_log2, delta[i] = statistics.delta;
+      }
+      // Gradients of scores. The products with one half of them begin while the other half is computed.
+      constexpr int kParts = 2, kColumnsOfPart = Tile::kColumns / kParts, kSumsOfPart = kSums / kParts;
+      RegisterFactor<kColumnsOfPart> weights[kParts];
+      // Ends the tile whose scores were asked for.
+      const auto weigh = [&](float (&scores)[kSums]) {
+        const BackwardColumns known = shared.tiles[keys.stage()];
+        float grad[kSums];
+        keys.wait_full(shared.right_barriers);
+        ptx::warpgroup_arrive(grad);
+        multiply_transposed(grad, grad_out_tile, row_of_group, Columns(shared.right_columns[keys.stage()]));
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>(scores);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i)
+          scores[i] = ptx::fast_exp2(fmaf(scores[i], scale_log2, known.bias_log2 + offset[i / 2 % 2]));
+        ptx::warpgroup_wait<0>(grad);
+        keys.release(shared.right_barriers);
+        if (known.last) rows.release(shared.row_barriers);
+        const bool all_visible = known.first == 0 && known.end == Tile::kColumns;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          float part_of_grad[kSumsOfPart];
+#pragma unroll
+          for (int i = 0; i < kSumsOfPart; ++i) {
+            const int at = part * kSumsOfPart + i;
+            part_of_grad[i] = scores[at] * (grad[at] - delta[at / 2 % 2]);
+          }
+          if (!all_visible) {  // the values there may be anything
+#pragma unroll
+            for (int i = 0; i < kSumsOfPart; ++i) {
+              const int column = part * kColumnsOfPart + column_in_fragments(i / 4, i % 2);
+              if (column < known.first || column >= known.end) part_of_grad[i] = 0.0f;
+            }
+          }
+          round_sums<T>(weights[part], part_of_grad);
+          ptx::warpgroup_arrive(grad_q);
+          add_product(grad_q, weights[part], Columns(shared.left_columns[keys.stage()]), part * kColumnsOfPart);
+        }
+        ptx::warpgroup_commit();
+        return known.last != 0;
+      };
+
+      float scores[kSums];
+      multiply_keys(scores);
+      while (!weigh(scores)) {
+        const BufferPosition<Tile::kStages> used = keys;
+        ++keys.use;
+        multiply_keys(scores);
+        ptx::warpgroup_wait<1>(grad_q);
+        used.release(shared.left_barriers);
+      }
+      ptx::warpgroup_wait<0>(grad_q);
+      keys.release(shared.left_barriers);
+      ++keys.use;
+    } else {
+      rows.release(shared.row_barriers);
+    }
+    store_gradients<T, kHeadDim>(params.grad_q, params.head_dim, work, row_of_warp, params.softmax_scale, grad_q);
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(HopperGradQTile<T, kHeadDim>::Block::kThreads, kOneBlock)
+    hopper_grad_q_kernel(const AttentionBackwardParams params, const __grid_constant__ GradQMaps maps, int32_t items) {
+  using Tile = HopperGradQTile<T, kHeadDim>;
+  SELFFORCING_DYNAMIC_SHARED(bytes);
+  auto& shared = backward_shared<Tile>(bytes);
+  Tile::Block::run([&] { produce_grad_q<T, kHeadDim>(params, maps, items, shared); },
+                   [&](int group) { consume_grad_q<T, kHeadDim>(params, group, shared); });
+}
+
+// ---- grad_k and grad_v: rows are keys, columns the queries of all heads that read them
+
+struct GradKVMaps {
+  ptx::TensorMap k, v, q, grad_out;
+};
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& params, const GradKVMaps& maps,
+                                                int32_t items,
+                                                HopperBackwardShared<HopperGradKVTile<T, kHeadDim>>& shared) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  using Columns = typename Tile::Columns;
+  constexpr int kOfLane = Tile::kColumns / kWarpSize;  // queries whose statistics a lane brings
+  const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
+  BufferPosition<Tile::kStages> queries;
+  for (unsigned use = 0;; ++use) {
+    const int32_t item = item_of_round(static_cast<int32_t>(use));
+    RowTile keys{0, 0, 0};
+    if (item < items)
+      keys = find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, item, params.batch * params.num_kv_heads);
+    if (keys.count == 0) {
+      hand_out<Tile>({}, use, maps.k, maps.v, shared);
+      return;
+    }
+    const int32_t stream = keys.copy / params.num_kv_heads, kv_head = keys.copy % params.num_kv_heads;
+    const ColumnTiles<Tile::kColumns> tiles_of_a_head(params.query_spans, keys.block, params.num_queries);
+    ColumnTiles<Tile::kColumns> tiles = tiles_of_a_head;
+    ColumnTile tile;
+    bool more = tiles.next(tile);
+    hand_out<Tile>({keys.start, keys.count, stream, kv_head, more}, use, maps.k, maps.v, shared);
+    for (int32_t head = kv_head * heads_per_kv_head; more; ++queries.use) {
+      const ColumnTile now = tile;
+      const int32_t head_now = head;
+      more = tiles.next(tile);
+      if (!more && head + 1 < (kv_head + 1) * heads_per_kv_head) {
+        ++head;
+        tiles = tiles_of_a_head;
+        more = tiles.next(tile);
+      }
+      RowStatistics statistics[kOfLane];  // on their way while a buffer becomes empty
+      const int64_t row_of_tile = row_of_head(params, stream, head_now) + now.start;
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        const int query = i * kWarpSize + lane();
+        statistics[i] = read_statistics(params, row_of_tile, query, query < now.count);
+      }
+      queries.wait_empty(shared.left_barriers);
+      const int stage = queries.stage();
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        shared.lse_log2[stage][i * kWarpSize + lane()] = statistics[i].lse_log2;
+        shared.delta[stage][i * kWarpSize + lane()] = statistics[i].delta;
+      }
+      __syncwarp();
+      if (lane() == 0) {
+        shared.tiles[stage] = {0, now.count, 0.0f, !more};
+        const ptx::SharedAddress full = queries.full(shared.left_barriers);
+        ptx::barrier_arrive_expect(full, 2 * Columns::kBytes);
+        Columns(shared.left_columns[stage]).load(maps.q, full, 0, now.start, head_now, stream);
+        Columns(shared.right_columns[stage]).load(maps.grad_out, full, 0, now.start, head_now, stream);
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& params, int group,
+                                                HopperBackwardShared<HopperGradKVTile<T, kHeadDim>>& shared) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  using Columns = typename Tile::Columns;
+  constexpr int kSums = Tile::kColumns / 2;
+  const typename Tile::Rows k_tile(shared.left_rows), v_tile(shared.right_rows);
+  const float scale_log2 = params.softmax_scale * kLog2E;
+  const int row_of_group = group * kWarpgroupRows;
+  BufferPosition<1> rows;
+  BufferPosition<Tile::kStages> queries;
+
+  // Waits for the newest queries and asks for their scores.
+  const auto multiply_queries = [&](float (&scores)[kSums]) {
+    queries.wait_full(shared.left_barriers);
+    const int stage = queries.stage(), end = shared.tiles[stage].end;
+    const Columns q_tile(shared.left_columns[stage]);
+    if (end < Tile::kColumns) {
+      clear_invisible(q_tile, 0, end, Tile::Block::kConsumerThreads);
+      clear_invisible(Columns(shared.right_columns[stage]), 0, end, Tile::Block::kConsumerThreads);
+      ptx::named_barrier_sync(Tile::kClearBarrier, Tile::Block::kConsumerThreads);
+    }
+    ptx::warpgroup_arrive(scores);
+    multiply_transposed(scores, k_tile, row_of_group, q_tile);
+    ptx::warpgroup_commit();
+  };
+
+  for (;; ++rows.use) {
+    rows.wait_full(shared.row_barriers);
+    const BackwardWork& work = shared.work[rows.use % 2];
+    if (work.count == 0) return;
+    float grad_k[kHeadDim / 2] = {}, grad_v[kHeadDim / 2] = {};
+    if (work.sees_columns) {
+      RegisterFactor<Tile::kColumns> probabilities, weights;  // and gradients of scores
+      // Ends the tile whose scores were asked for.
+      const auto weigh = [&](float (&scores)[kSums]) {
+        const int stage = queries.stage();
+        const bool last = shared.tiles[stage].last != 0;
+        // Of the two columns of a fragment that this lane has.
+        const auto of_columns = [&](const float (&statistics)[Tile::kColumns], int n) {
+          return *reinterpret_cast<const float2*>(&statistics[column_in_fragments(n, 0)]);
+        };
+        float grad[kSums];
+        ptx::warpgroup_arrive(grad);
+        multiply_transposed(grad, v_tile, row_of_group, Columns(shared.right_columns[stage]));
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>(scores);
+#pragma unroll
+        for (int n = 0; n < Tile::kColumns / kFragmentColumns; ++n) {
+          const float2 lse_log2 = of_columns(shared.lse_log2[stage], n);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            scores[4 * n + i] =
+                ptx::fast_exp2(fmaf(scores[4 * n + i], scale_log2, i % 2 == 0 ? -lse_log2.x : -lse_log2.y));
+        }
+        round_sums<T>(probabilities, scores);
+        ptx::warpgroup_arrive(grad_v);
+        add_product(grad_v, probabilities, Columns(shared.right_columns[stage]));
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>(grad);
+        if (last) rows.release(shared.row_barriers);
+#pragma unroll
+        for (int n = 0; n < Tile::kColumns / kFragmentColumns; ++n) {
+          const float2 delta = of_columns(shared.delta[stage], n);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            grad[4 * n + i] = scores[4 * n + i] * (grad[4 * n + i] - (i % 2 == 0 ? delta.x : delta.y));
+        }
+        round_sums<T>(weights, grad);
+        ptx::warpgroup_arrive(grad_k);
+        add_product(grad_k, weights, Columns(shared.left_columns[stage]));
+        ptx::warpgroup_commit();
+        return last;
+      };
+
+      float scores[kSums];
+      multiply_queries(scores);
+      while (!weigh(scores)) {
+        const BufferPosition<Tile::kStages> used = queries;
+        ++queries.use;
+        multiply_queries(scores);
+        ptx::warpgroup_wait<1>(grad_v, grad_k);
+        used.release(shared.left_barriers);
+      }
+      ptx::warpgroup_wait<0>(grad_v, grad_k);
+      queries.release(shared.left_barriers);
+      ++queries.use;
+    } else {
+      rows.release(shared.row_barriers);
+    }
+    const int first = first_row_of_warp(group);
+    store_gradients<T, kHeadDim>(params.grad_k, params.head_dim, work, first, params.softmax_scale, grad_k);
+    store_gradients<T, kHeadDim>(params.grad_v, params.head_dim, work, first, 1.0f, grad_v);
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(HopperGradKVTile<T, kHeadDim>::Block::kThreads, kOneBlock)
+    hopper_grad_kv_kernel(const AttentionBackwardParams params, const __grid_constant__ GradKVMaps maps,
+                          int32_t items) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  SELFFORCING_DYNAMIC_SHARED(bytes);
+  auto& shared = backward_shared<Tile>(bytes);
+  Tile::Block::run([&] { produce_grad_kv<T, kHeadDim>(params, maps, items, shared); },
+                   [&](int group) { consume_grad_kv<T, kHeadDim>(params, group, shared); });
+}
+
+// ---- The host's part
+
+// One thread block for each multiprocessor, or for each item where there are fewer.
+template <typename Tile, typename Maps>
+int32_t launch_rounds(void (*kernel)(AttentionBackwardParams, Maps, int32_t), const AttentionBackwardParams& params,
+                      const Maps& maps, int32_t items) {
+  static_assert(sizeof(HopperBackwardShared<Tile>) <= ptx::kMaxSharedBytesHopper);
+  return ptx::launch(kernel, dim3(static_cast<unsigned>(std::min(items, ptx::multiprocessors()))),
+                     dim3(Tile::Block::kThreads), sizeof(HopperBackwardShared<Tile>), params.stream, params, maps,
+                     items);
+}
+
+template <typename T, int kHeadDim>
+int32_t launch_hopper_grad_q(const AttentionBackwardParams& params) {
+  using Tile = HopperGradQTile<T, kHeadDim>;
+  const auto queries = [&](ptx::TensorMap& map, const ConstHeads& heads) {
+    return encode_heads<typename Tile::Rows>(map, heads, params.batch, params.num_queries, params.num_heads,
+                                             params.head_dim);
+  };
+  const int32_t items = static_cast<int32_t>(max_row_tiles(params.num_queries, params.spans, Tile::kRows)) *
+                        params.batch * params.num_heads;
+  if (items == 0) return 0;
+  GradQMaps maps{};
+  int32_t error = queries(maps.q, params.q);
+  if (error == 0) error = queries(maps.grad_out, params.grad_out);
+  if (error == 0) error = encode_keys<typename Tile::Columns>(maps.keys, params);
+  return error != 0 ? error : launch_rounds<Tile>(hopper_grad_q_kernel<T, kHeadDim>, params, maps, items);
+}
+
+template <typename T, int kHeadDim>
+int32_t launch_hopper_grad_kv(const AttentionBackwardParams& params) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  const auto keys = [&](ptx::TensorMap& map, const ConstHeads& heads) {
+    return encode_heads<typename Tile::Rows>(map, heads, params.batch, params.num_keys, params.num_kv_heads,
+                                             params.head_dim);
+  };
+  const auto queries = [&](ptx::TensorMap& map, const ConstHeads& heads) {
+    return encode_heads<typename Tile::Columns>(map, heads, params.batch, params.num_queries, params.num_heads,
+                                                params.head_dim);
+  };
+  const int32_t items = static_cast<int32_t>(max_row_tiles(params.num_keys, params.query_spans, Tile::kRows)) *
+                        params.batch * params.num_kv_heads;
+  if (items == 0) return 0;
+  GradKVMaps maps{};
+  int32_t error = keys(maps.k, params.k);
+  if (error == 0) error = keys(maps.v, params.v);
+  if (error == 0) error = queries(maps.q, params.q);
+  if (error == 0) error = queries(maps.grad_out, params.grad_out);
+  return error != 0 ? error : launch_rounds<Tile>(hopper_grad_kv_kernel<T, kHeadDim>, params, maps, items);
+}
+
+// For calls that fits_hopper_backward.
+template <typename T, int kHeadDim>
+int32_t launch_hopper_backward(const AttentionBackwardParams& params) {
+  int32_t error = launch_delta<T>(params);
+  if (error == 0) error = launch_hopper_grad_q<T, kHeadDim>(params);
+  if (error == 0) error = launch_hopper_grad_kv<T, kHeadDim>(params);
+  return error;
+}
+
+}  // namespace selfforcing::attention_cuda
