@@ -10,6 +10,7 @@ from tiny_runs import arguments, assert_same_run, losses
 
 from python_ref.checkpoint import load_weights
 from python_ref.config import load_config
+from python_ref.data.sample_videos import copy_sample_videos
 from python_ref.data.source import open_source
 from python_ref.make_ode_pairs import main as make_ode_pairs
 from python_ref.models.lora import merged_weights
@@ -266,7 +267,9 @@ def test_the_shipped_configs_make_their_stage(file, tmp_path):
     """Also those that start from what other commands leave: the shipped teacher stands for it."""
     teacher = "assets/teacher.safetensors"
     starts = [f"{name}={teacher}" for name in ("consistency.init", "consistency.teacher", "self_forcing.init")]
-    config = load_config(file, [*starts, f"ode.pairs={tmp_path}"])
+    config = load_config(file, [*starts, f"ode.pairs={tmp_path}", f"data.video_files.folder={tmp_path}/videos"])
+    if config.data.source == "video_files":
+        copy_sample_videos(tmp_path / "videos")
     assert config.output == f"outputs/{file.stem}"
     if config.stage == "ode":
         arguments = ["--checkpoint", teacher, "--output", str(tmp_path), "--pairs", "1", "--sample-steps", "4"]
