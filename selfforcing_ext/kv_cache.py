@@ -30,11 +30,13 @@ from selfforcing_ext.cache_gradient import CacheGradient, PastGradient
 from selfforcing_ext.checks import check_heads, dtype_name
 from selfforcing_ext.frames import Frames
 from selfforcing_ext.intervals import Interval
+from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.library import nvtx_range, ops
 from selfforcing_ext.mask import check_window, visible_past_of_many
 from selfforcing_ext.page_pool import LayerPages, PagePool
 from selfforcing_ext.rope import check_qk_norm_rope, qk_norm_rope, rope_3d, rope_table
 from selfforcing_ext.stream import Stream
+from selfforcing_ext.upload import copy_to_device, on_device
 
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
@@ -425,7 +427,7 @@ class PagedKVCache:
             kv_cache_ops.reserve(self, layer, num_frames)
             return self._write_start
         self._take_pages(num_frames, block, layer)
-        return self._write_start if block == 0 else _on_device(self._write_starts(block), self.device)
+        return self._write_start if block == 0 else on_device(self._write_starts(block), self.device)
 
     def _pages_to_write(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Pages of keys and values, their scales, and the offset of keys."""
@@ -722,9 +724,9 @@ class PagedKVCache:
         """Writes the rows of pages [B, T] and where the first block that is not committed is written [B]."""
         rows = np.zeros(page_table.shape, dtype=np.int32)
         self.pool.table.copy_rows(self._numbers, rows)
-        _show(page_table, rows)
+        copy_to_device(page_table, rows)
         if self._blocks:
-            _show(write_start, self._write_starts(0))
+            copy_to_device(write_start, self._write_starts(0))
 
     def mirror_past(
         self,
@@ -738,10 +740,10 @@ class PagedKVCache:
         # There may be room for more lists, which are then alike, and for more spans, which are then empty.
         spans = np.zeros(past_spans.shape, dtype=np.int32)
         spans[:, :, :, : records.shape[3]] = records
-        _show(past_spans, spans)
+        copy_to_device(past_spans, spans)
         if position is not None:
-            _show(position, np.array(self._start_frames(0), dtype=np.int32))
-        _show(rope_position, rope_positions)
+            copy_to_device(position, np.array(self._start_frames(0), dtype=np.int32))
+        copy_to_device(rope_position, rope_positions)
 
     def _records(self, block: int, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """What a block sees of the past, for K lengths of it: spans [K, B, G, S, 4] as the attention op reads them, and
@@ -813,7 +815,7 @@ class PagedKVCache:
         """Spans [B, G, S, 4] and start frames [B] of a later block."""
         if (block, num_frames) not in self._staged:
             records, start = self._records(block, np.array([num_frames]))
-            self._staged[block, num_frames] = _on_device(records[0], self.device), _on_device(start[0], self.device)
+            self._staged[block, num_frames] = on_device(records[0], self.device), on_device(start[0], self.device)
         return self._staged[block, num_frames]
 
     def _at_length(self, of_lengths: Tensor, num_frames: int) -> Tensor:
@@ -852,88 +854,6 @@ class PagedKVCache:
             length = 0 if self._longest_block is None else k.shape[1] // self.frame_seqlen - 1
             return gradient.attend(layer, q, k, v, table, past, softmax_scale, length)
         return attention_over_spans(q, k, v, table, past, softmax_scale)[0]
-
-
-class KVCacheView:
-    """What a block saw of a cache when the view was taken (``PagedKVCache.view``), for reading only.
-
-    ``attend`` works as the cache's, also after the cache went on, and as often as wanted: activation checkpointing
-    calls it again in backward. ``position`` has the number of frames before the block, int32 [B].
-    """
-
-    def __init__(self, cache: PagedKVCache, block: int = 0) -> None:
-        self._cache = cache
-        self.block = block
-        # The memory and the table of now: activation checkpointing wants the same shapes again.
-        self._layers = list(cache.pool.saved_layers)
-        if block == 0:
-            self.position = kv_cache_ops.copy_of_position(cache._position)
-            self._page_table, self._past_spans = kv_cache_ops.pin(cache)
-            self._rope_position = cache._rope_position.clone()
-        else:
-            self.position = _on_device(np.array(cache._start_frames(block), dtype=np.int32), cache.device)
-            records, starts = cache._records(block, cache._lengths)
-            self._page_table = kv_cache_ops.pinned_rows(cache, cache._page_table, block)
-            self._past_spans, self._rope_position = (_on_device(x, cache.device) for x in (records, starts))
-            cache._read_blocks.update(range(block))
-        self._turns = cache._turns
-        # What a block may be, as the cache says it of its own; the first block alone may be too short.
-        self._shortest_block = cache._shortest_block if block == 0 else 1
-        before = cache._staged_frames(block)
-        self._longest_block = min(
-            (stream.max_frames - stream.num_frames - before for stream in cache._limited if stream.max_frames),
-            default=None,
-        )
-        self._gradient: PastGradient | None = None
-        if cache._gradient is not None:
-            rows = [cache.pool.table.row(number) for number in cache._numbers]
-            self._gradient = PastGradient(cache._gradient, rows, cache._records(0, cache._lengths)[0], cache.page_size)
-
-    @property
-    def rope(self) -> str:
-        """The cache's."""
-        return self._cache.rope
-
-    @property
-    def num_frames(self) -> int:
-        """Frames before the block. ValueError if the streams have different numbers."""
-        numbers = set(self.position.tolist())
-        if len(numbers) > 1:
-            raise ValueError(f"num_frames is asked of streams of different lengths, {self.position.tolist()}")
-        return int(numbers.pop())
-
-    @nvtx_range("kv_cache.attend")
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,  # [B, L, H, D]
-        k: Tensor,  # [B, L, H_kv, D]
-        v: Tensor,  # [B, L, H_kv, D]
-        softmax_scale: float | None = None,
-    ) -> Tensor:  # [B, L, H, D]
-        """As ``PagedKVCache.attend``, over the past of the moment when the view was taken."""
-        q, k, v = op_inputs(q=q, k=k, v=v)
-        cache = self._cache
-        num_frames = cache._check_block(layer, k, v)
-        cache._check_query(q, k)
-        if not torch.compiler.is_compiling():
-            self._check_length(num_frames)
-        spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
-        where = (self._layers, self._page_table, spans, start, self._turns)
-        return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
-
-    def _check_length(self, num_frames: int) -> None:
-        """Raises ValueError unless a block can have this length. Not for graphs, as of a cache: the limits change."""
-        if self._longest_block is not None and num_frames > self._longest_block:
-            raise ValueError(
-                f"q has {num_frames} frames, but max_frames leaves room for {self._longest_block} after the view's "
-                "position"
-            )
-        if num_frames < self._shortest_block:
-            raise ValueError(
-                f"q has {num_frames} frames, but must have at least {self._shortest_block}: a shorter block sees "
-                "frames that were evicted when a longer one was written"
-            )
 
 
 def _row_pages(
@@ -989,18 +909,3 @@ def _checked_bias(bias: tuple[float, float, float] | None) -> tuple[float, float
         raise ValueError(f"past_bias is {bias}, but must be three finite numbers: for sink, past and own block")
     sink, past, own = bias
     return sink - own, past - own, 0.0
-
-
-def _show(target: Tensor, values: NDArray[np.int32]) -> None:
-    """Copies the host's state to where kernels read it. The host does not wait for a GPU: from pinned memory, which
-    torch's allocator does not hand out again before the copy is done."""
-    source = torch.from_numpy(values)
-    if target.is_cuda and type(target) is Tensor:  # and not one of FakeTensorMode
-        source = source.pin_memory()
-    target.copy_(source, non_blocking=True)
-
-
-def _on_device(values: NDArray[np.int32], device: torch.device) -> Tensor:
-    target = torch.empty(values.shape, dtype=torch.int32, device=device)
-    _show(target, values)
-    return target

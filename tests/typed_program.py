@@ -23,7 +23,7 @@ from selfforcing_ext import (
     qk_norm_rope,
     rope_3d,
 )
-from selfforcing_ext.kv_cache import KVCacheView
+from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.mask import SpanTable
 
 mask = BlockCausalMask(4, 6, frames_per_block=2, window_frames=3, sink_frames=1, teacher_forcing=False)

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from selfforcing_ext.attention import block_causal_attention
 from selfforcing_ext.checks import check_head_dim
-from selfforcing_ext.kv_cache import KVCacheView, PagedKVCache
+from selfforcing_ext.kv_cache import PagedKVCache
+from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.mask import BlockCausalMask
 from selfforcing_ext.rope import qk_norm_rope, rope_3d
 

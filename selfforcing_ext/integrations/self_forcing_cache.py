@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from selfforcing_ext.attention import Past, attention_over_spans, full_table, span_records
-from selfforcing_ext.kv_cache import KVCacheView, PagedKVCache
+from selfforcing_ext.kv_cache import PagedKVCache
+from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.mask import visible_past
 
 DICT_KEYS = ("k", "v", "global_end_index", "local_end_index")
