@@ -12,7 +12,7 @@ import numpy as np
 from python_ref.config import Config
 from python_ref.data.source import video_shape
 from python_ref.plots import plot_by_frame
-from python_ref.run_facts import run_facts
+from python_ref.run_facts import read_records
 from python_ref.yardsticks import Yardstick
 
 ALL, WINDOW, SINK = VARIANTS = "all frames", "window", "window and sink"
@@ -159,11 +159,12 @@ def _how(config: Config, comparison: Comparison, steps: Mapping[str, int]) -> st
         seconds = [run.seconds for run in comparison.runs if run.method == method]
         took = ", ".join("interrupted" if value is None else f"{value:.0f}" for value in seconds)
         rows.append([method, str(steps[method]), took, f"`{' '.join(config.reproduce.methods[method])}`"])
-    facts = run_facts(config, 0)
-    commit = facts["git"]["commit"] if facts["git"] else "unknown"
+    starts = read_records(Path(config.output) / "runs")
+    commits = sorted({f"`{start['git']['commit']}`" if start["git"] else "unknown" for start in starts})
+    versions = sorted({start["environment"]["torch"] for start in starts})
     return (
-        f"Commit `{commit}`, torch {facts['environment']['torch']}. Steps were chosen before training from the time "
-        "that a step takes. The time of what all start from, and of the solutions of the teacher's ODE that ODE "
+        f"Trained at commit {', '.join(commits)} with torch {', '.join(versions)}. Steps were chosen before training from "
+        "the time that a step takes. The time of what all start from, and of the solutions of the teacher's ODE that ODE "
         "regression learns from, does not count.\n\n"
         + _table(
             ["method", "steps", f"seconds of training ({CLOCK_NAMES[config.reproduce.clock]}), by seed", "settings"],

@@ -28,6 +28,11 @@ def record_run(folder: Path, config: Config, first_step: int) -> None:
     temporary.rename(path)
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Every start of every run below a folder."""
+    return [facts for path in sorted(folder.rglob(FILE)) for facts in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def run_facts(config: Config, first_step: int) -> dict[str, Any]:
     """As JSON can hold them. Every random draw of a run derives from its seed, see `python_ref.randomness`."""
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import TINY
 
 from python_ref.comparison import VARIANTS, Comparison, FinishedRun, folder_name
@@ -49,6 +50,7 @@ def test_the_report_tells_of_every_method(reproduced):
         assert f"![Videos of {method}](images/results/{folder_name(method)}.png)" in text
     assert "| videos | frame 1 | frame 3 | frame 6 | frame 12 | frame 18 | sharpness |" in text
     assert "±" in text
+    assert f"with torch {torch.__version__}." in text
     pictures = {path.name for path in (reproduced / "images" / "results").iterdir()}
     sheets = {f"{folder_name(method)}.png" for method in METHODS}
     assert pictures == {"quality.png", "rolling.png", "runs.json", *sheets}
