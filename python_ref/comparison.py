@@ -164,8 +164,8 @@ def _how(config: Config, comparison: Comparison, steps: Mapping[str, int]) -> st
     versions = sorted({start["environment"]["torch"] for start in starts})
     return (
         f"Trained at commit {', '.join(commits)} with torch {', '.join(versions)}. Steps were chosen before training "
-        "from the time that a step takes. The time of what all start from, and of the solutions of the teacher's ODE that "
-        "ODE regression learns from, does not count.\n\n"
+        "from the time that a step takes. The time of what all start from, and of the solutions of the teacher's ODE "
+        "that ODE regression learns from, does not count.\n\n"
         + _table(
             ["method", "steps", f"seconds of training ({CLOCK_NAMES[config.reproduce.clock]}), by seed", "settings"],
             rows,
