@@ -137,6 +137,32 @@ int check_fits() {
   return failures;
 }
 
+// A tile of queries or of keys may hold rows of another block, which must not matter, not even as zero times NaN.
+void check_that_blocks_are_apart(const attention_test::Kernels& kernels) {
+  for (int dim : {64, 128}) {
+    Case c{"blocks apart", 1, 2, 1, dim, {0, 40, 80}, {{{0, 30}}, {{30, 70}}}, 70};
+    c.gaps = 8;
+    attention_test::Problem problem(c, DType::bfloat16, dim);
+    const attention_test::Results whole = compute(problem, kernels, 1);
+    for (int query = 40; query < 80; ++query)
+      for (auto* tensor : {&problem.q, &problem.grad_out})
+        tensor->fill_token(0, query, std::numeric_limits<float>::quiet_NaN());
+    for (int key = 30; key < 70; ++key)
+      for (auto* tensor : {&problem.k, &problem.v}) tensor->fill_token(0, key, std::numeric_limits<float>::quiet_NaN());
+    const attention_test::Results half = compute(problem, kernels, 1);
+    const auto same = [&](const attention_test::TestTensor& x, const attention_test::TestTensor& y, int tokens) {
+      for (int token = 0; token < tokens; ++token)
+        for (int head = 0; head < x.heads; ++head)
+          for (int d = 0; d < dim; ++d)
+            if (!(x.at(0, token, head, d) == y.at(0, token, head, d))) return false;
+      return true;
+    };
+    if (!same(whole.out, half.out, 40) || !same(whole.grad_q, half.grad_q, 40) ||
+        !same(whole.grad_k, half.grad_k, 30) || !same(whole.grad_v, half.grad_v, 30))
+      attention_test::fail(problem, "NaN in another block changes results");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -144,6 +170,7 @@ int main(int argc, char** argv) {
   const attention_test::Kernels kernels{
       hopper_forward_workspace_bytes, launch<hopper_forward, fits_hopper_forward, AttentionParams>,
       attention_backward_workspace_bytes_cuda, launch<hopper_backward, fits_hopper_backward, AttentionBackwardParams>};
+  check_that_blocks_are_apart(kernels);
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
   const bool passed = attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures,
                                                 hopper_cases(), {DType::bfloat16, DType::float16});
