@@ -33,9 +33,12 @@ using HopperGradKVTile = HopperBackwardTile<T, kHeadDim, kHeadDim <= 64 ? 96 : 6
 
 // A tile of rows.
 struct BackwardWork {
-  int32_t start, count;  // no rows: the end
+  ColumnTile rows;       // no rows: the end
+  int32_t first = 0;     // row of the buffer
   int32_t stream, head;  // of queries, or of keys
   int32_t sees_columns;
+
+  __device__ __forceinline__ bool has(int row) const { return row >= first && row < first + rows.count; }
 };
 
 // What a consumer is told of a tile of columns.
@@ -44,6 +47,8 @@ struct alignas(16) BackwardColumns {
   float bias_log2;
   int32_t last;  // of this work
 };
+
+constexpr int kTilesOfRows = 2;
 
 // Of queries `left` is q and `right` is grad_out, of keys `left` is k and `right` is v: scores are products of the
 // left ones, gradients of probabilities of the right ones.
@@ -65,7 +70,7 @@ template <typename Tile>
 __device__ __forceinline__ HopperBackwardShared<Tile>& backward_shared(unsigned char* bytes) {
   auto& shared = *reinterpret_cast<HopperBackwardShared<Tile>*>(bytes);
   if (threadIdx.x == 0) {
-    shared.row_barriers.init(Tile::Block::kConsumerWarps);
+    shared.row_barriers.init(Tile::Block::kConsumerWarps, kTilesOfRows);
     shared.left_barriers.init(Tile::Block::kConsumerWarps);
     shared.right_barriers.init(Tile::Block::kConsumerWarps);
     ptx::fence_barrier_init();
@@ -74,22 +79,25 @@ __device__ __forceinline__ HopperBackwardShared<Tile>& backward_shared(unsigned 
   return shared;
 }
 
-// By all lanes of the producer: tells the consumers of a tile of rows, and asks for its rows if they see any columns.
-template <typename Tile>
-__device__ __forceinline__ void hand_out(const BackwardWork& work, unsigned use, const ptx::TensorMap& left,
-                                         const ptx::TensorMap& right, HopperBackwardShared<Tile>& shared) {
+// By all lanes of the producer: tells the consumers of a tile of rows, and if they see any columns asks for its two
+// tiles of rows: load(barrier), with an arrival for each.
+template <typename Tile, typename Load>
+__device__ __forceinline__ void hand_out(const BackwardWork& work, unsigned use, HopperBackwardShared<Tile>& shared,
+                                         const Load& load) {
   const BufferPosition<1> rows{use};
   rows.wait_empty(shared.row_barriers);
-  if (lane() != 0) return;
-  shared.work[use % 2] = work;
   const ptx::SharedAddress full = rows.full(shared.row_barriers);
-  if (work.sees_columns == 0) {
+  if (lane() == 0) shared.work[use % 2] = work;
+  __syncwarp();
+  if (work.sees_columns)
+    load(full);
+  else if (lane() < kTilesOfRows)
     ptx::barrier_arrive(full);
-    return;
-  }
-  ptx::barrier_arrive_expect(full, 2 * Tile::Rows::kBytes);
-  typename Tile::Rows(shared.left_rows).load(left, full, 0, work.start, work.head, work.stream);
-  typename Tile::Rows(shared.right_rows).load(right, full, 0, work.start, work.head, work.stream);
+}
+// That there is nothing more.
+template <typename Tile>
+__device__ __forceinline__ void hand_out_end(unsigned use, HopperBackwardShared<Tile>& shared) {
+  hand_out({}, use, shared, [](ptx::SharedAddress) {});
 }
 
 // Writes factor * sums, a consumer's rows of a tile.
@@ -100,13 +108,32 @@ __device__ __forceinline__ void store_gradients(const MutableHeads& tensor, int3
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + row_in_fragment(i);
-    if (row >= work.count) continue;
-    T* const to = rows.at(work.start + row) + column_in_fragments(0, 0);
+    if (!work.has(row)) continue;
+    T* const to = rows.at(work.rows.start + row - work.first) + column_in_fragments(0, 0);
 #pragma unroll
     for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
       if (d * kFragmentColumns < head_dim)
         *reinterpret_cast<unsigned*>(to + d * kFragmentColumns) =
             ptx::pack_pair<T>(sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor);
+  }
+}
+
+// Adds them to the pages of gradients.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void add_past_gradients(const AttentionBackwardParams& params, const BackwardWork& work,
+                                                   int first, bool values, float factor,
+                                                   const float (&sums)[kHeadDim / 2]) {
+  const KeySource<T> source{params, work.stream, work.head, values};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + row_in_fragment(i);
+    if (!work.has(row)) continue;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / kFragmentColumns; ++d) {
+      if (d * kFragmentColumns >= params.head_dim) continue;
+      const float grads[2] = {sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor};
+      add_past_gradient(params, source, work.rows, row - work.first, column_in_fragments(d, 0), grads);
+    }
   }
 }
 
@@ -135,7 +162,7 @@ __device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& pa
     if (item < items)
       rows = find_row_tile<Tile::kRows, true>(params.spans, params.num_queries, item, params.batch * params.num_heads);
     if (rows.count == 0) {
-      hand_out<Tile>({}, use, maps.q, maps.grad_out, shared);
+      hand_out_end(use, shared);
       return;
     }
     const int32_t stream = rows.copy / params.num_heads, head = rows.copy % params.num_heads;
@@ -145,7 +172,13 @@ __device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& pa
     tiles.align_past(maps.keys.page_rows);
     ColumnTile tile;
     bool more = tiles.next(tile);
-    hand_out<Tile>({rows.start, rows.count, stream, head, more}, use, maps.q, maps.grad_out, shared);
+    hand_out({{rows.start, rows.count, -1}, 0, stream, head, more}, use, shared, [&](ptx::SharedAddress full) {
+      if (lane() >= kTilesOfRows) return;
+      const bool right = lane() == 1;
+      ptx::barrier_arrive_expect(full, Tile::Rows::kBytes);
+      typename Tile::Rows(right ? shared.right_rows : shared.left_rows)
+          .load(right ? maps.grad_out : maps.q, full, 0, rows.start, head, stream);
+    });
     for (; more; ++keys.use) {
       const ColumnTile now = tile;
       more = tiles.next(tile);
@@ -192,15 +225,15 @@ __device__ __forceinline__ void consume_grad_q(const AttentionBackwardParams& pa
   for (;; ++rows.use) {
     rows.wait_full(shared.row_barriers);
     const BackwardWork& work = shared.work[rows.use % 2];
-    if (work.count == 0) return;
+    if (work.rows.count == 0) return;
     float grad_q[kHeadDim / 2] = {};
     if (work.sees_columns) {
       float offset[2], delta[2];  // minus lse, in units of log2
-      const int64_t row_of_tile = row_of_head(params, work.stream, work.head) + work.start;
+      const int64_t row_of_tile = row_of_head(params, work.stream, work.head) + work.rows.start;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = row_of_warp + row_in_fragment(i);
-        const RowStatistics statistics = read_statistics(params, row_of_tile, row, row < work.count);
+        const RowStatistics statistics = read_statistics(params, row_of_tile, row, work.has(row));
         offset[i] = -statistics.lse_log2, delta[i] = statistics.delta;
       }
       // Gradients of scores. The products with one half of them begin while the other half is computed.
@@ -277,7 +310,9 @@ __global__ void __launch_bounds__(HopperGradQTile<T, kHeadDim>::Block::kThreads,
 // ---- grad_k and grad_v: rows are keys, columns the queries of all heads that read them
 
 struct GradKVMaps {
-  ptx::TensorMap k, v, q, grad_out;
+  KeyMaps keys;
+  ptx::TensorMap q, grad_out;
+  int32_t past_items;  // tiles of the past come first: every query sees them
 };
 
 template <typename T, int kHeadDim>
@@ -288,22 +323,35 @@ __device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& p
   using Columns = typename Tile::Columns;
   constexpr int kOfLane = Tile::kColumns / kWarpSize;  // queries whose statistics a lane brings
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
+  const int32_t copies = params.batch * params.num_kv_heads;
   BufferPosition<Tile::kStages> queries;
-  for (unsigned use = 0;; ++use) {
-    const int32_t item = item_of_round(static_cast<int32_t>(use));
-    RowTile keys{0, 0, 0};
-    if (item < items)
-      keys = find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, item, params.batch * params.num_kv_heads);
+  unsigned use = 0;
+  for (int32_t round = 0;; ++round) {
+    const int32_t item = item_of_round(round);
+    const bool in_past = item < maps.past_items;
+    RowTile own{0, 0, 0, in_past ? item % copies : 0};
+    if (!in_past && item < items)
+      own = find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, item - maps.past_items, copies);
+    const int32_t stream = own.copy / params.num_kv_heads, kv_head = own.copy % params.num_kv_heads;
+    ColumnTile keys{own.start, own.count, -1};
+    if (in_past) keys = past_tile<typename Tile::Rows>(params.past, maps.keys, stream, kv_head, item / copies);
+    if (keys.count == 0 && in_past) continue;
     if (keys.count == 0) {
-      hand_out<Tile>({}, use, maps.k, maps.v, shared);
+      hand_out_end(use, shared);
       return;
     }
-    const int32_t stream = keys.copy / params.num_kv_heads, kv_head = keys.copy % params.num_kv_heads;
-    const ColumnTiles<Tile::kColumns> tiles_of_a_head(params.query_spans, keys.block, params.num_queries);
+    const float bias_log2 = KeySource<T>{params, stream, kv_head, false}.bias_log2(keys);
+    const ColumnTiles<Tile::kColumns> tiles_of_a_head =
+        in_past ? ColumnTiles<Tile::kColumns>(params.num_queries)
+                : ColumnTiles<Tile::kColumns>(params.query_spans, own.block, params.num_queries);
     ColumnTiles<Tile::kColumns> tiles = tiles_of_a_head;
     ColumnTile tile;
     bool more = tiles.next(tile);
-    hand_out<Tile>({keys.start, keys.count, stream, kv_head, more}, use, maps.k, maps.v, shared);
+    hand_out({keys, first_row(maps.keys, keys), stream, kv_head, more}, use++, shared, [&](ptx::SharedAddress full) {
+      for (const bool values : {false, true})
+        load_keys(params, maps.keys, keys, stream, kv_head, values,
+                  typename Tile::Rows(values ? shared.right_rows : shared.left_rows), full);
+    });
     for (int32_t head = kv_head * heads_per_kv_head; more; ++queries.use) {
       const ColumnTile now = tile;
       const int32_t head_now = head;
@@ -324,7 +372,7 @@ __device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& p
       const int stage = queries.stage();
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {
-        shared.lse_log2[stage][i * kWarpSize + lane()] = statistics[i].lse_log2;
+        shared.lse_log2[stage][i * kWarpSize + lane()] = statistics[i].lse_log2 - bias_log2;
         shared.delta[stage][i * kWarpSize + lane()] = statistics[i].delta;
       }
       __syncwarp();
@@ -369,7 +417,7 @@ __device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& p
   for (;; ++rows.use) {
     rows.wait_full(shared.row_barriers);
     const BackwardWork& work = shared.work[rows.use % 2];
-    if (work.count == 0) return;
+    if (work.rows.count == 0) return;
     float grad_k[kHeadDim / 2] = {}, grad_v[kHeadDim / 2] = {};
     if (work.sees_columns) {
       RegisterFactor<Tile::kColumns> probabilities, weights;  // and gradients of scores
@@ -430,8 +478,13 @@ __device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& p
       rows.release(shared.row_barriers);
     }
     const int first = first_row_of_warp(group);
-    store_gradients<T, kHeadDim>(params.grad_k, params.head_dim, work, first, params.softmax_scale, grad_k);
-    store_gradients<T, kHeadDim>(params.grad_v, params.head_dim, work, first, 1.0f, grad_v);
+    if (work.rows.in_past()) {
+      add_past_gradients<T, kHeadDim>(params, work, first, false, params.softmax_scale, grad_k);
+      add_past_gradients<T, kHeadDim>(params, work, first, true, 1.0f, grad_v);
+    } else {
+      store_gradients<T, kHeadDim>(params.grad_k, params.head_dim, work, first, params.softmax_scale, grad_k);
+      store_gradients<T, kHeadDim>(params.grad_v, params.head_dim, work, first, 1.0f, grad_v);
+    }
   }
 }
 
@@ -478,20 +531,18 @@ int32_t launch_hopper_grad_q(const AttentionBackwardParams& params) {
 template <typename T, int kHeadDim>
 int32_t launch_hopper_grad_kv(const AttentionBackwardParams& params) {
   using Tile = HopperGradKVTile<T, kHeadDim>;
-  const auto keys = [&](ptx::TensorMap& map, const ConstHeads& heads) {
-    return encode_heads<typename Tile::Rows>(map, heads, params.batch, params.num_keys, params.num_kv_heads,
-                                             params.head_dim);
-  };
   const auto queries = [&](ptx::TensorMap& map, const ConstHeads& heads) {
     return encode_heads<typename Tile::Columns>(map, heads, params.batch, params.num_queries, params.num_heads,
                                                 params.head_dim);
   };
-  const int32_t items = static_cast<int32_t>(max_row_tiles(params.num_keys, params.query_spans, Tile::kRows)) *
-                        params.batch * params.num_kv_heads;
-  if (items == 0) return 0;
   GradKVMaps maps{};
-  int32_t error = keys(maps.k, params.k);
-  if (error == 0) error = keys(maps.v, params.v);
+  int32_t error = encode_keys<typename Tile::Rows>(maps.keys, params);
+  const int32_t copies = params.batch * params.num_kv_heads;
+  if (params.past_grads.k_pages != nullptr)
+    maps.past_items = max_past_tiles<typename Tile::Rows>(params.past, maps.keys) * copies;
+  const int32_t own_tiles = static_cast<int32_t>(max_row_tiles(params.num_keys, params.query_spans, Tile::kRows));
+  const int32_t items = maps.past_items + own_tiles * copies;
+  if (items == 0) return 0;
   if (error == 0) error = queries(maps.q, params.q);
   if (error == 0) error = queries(maps.grad_out, params.grad_out);
   return error != 0 ? error : launch_rounds<Tile>(hopper_grad_kv_kernel<T, kHeadDim>, params, maps, items);

@@ -53,10 +53,8 @@ inline bool fits_hopper_forward(const AttentionParams& p) {
          fits_tensor_map(p.out, p.batch, p.num_queries, p.num_heads);
 }
 
-// The past is constant.
 inline bool fits_hopper_backward(const AttentionBackwardParams& p) {
-  return fits_hopper_tiles(p) && p.past_grads.k_pages == nullptr &&
-         fits_tensor_map(p.grad_out, p.batch, p.num_queries, p.num_heads) &&
+  return fits_hopper_tiles(p) && fits_tensor_map(p.grad_out, p.batch, p.num_queries, p.num_heads) &&
          fits_tensor_map(p.grad_q, p.batch, p.num_queries, p.num_heads) &&
          fits_tensor_map(p.grad_k, p.batch, p.num_keys, p.num_kv_heads) &&
          fits_tensor_map(p.grad_v, p.batch, p.num_keys, p.num_kv_heads);

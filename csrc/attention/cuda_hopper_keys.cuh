@@ -57,6 +57,32 @@ __device__ __forceinline__ void load_keys(const AttentionParams& params, const K
   }
 }
 
+// The tile-th tile of the past of a head, where it is cut into tiles as long as buffers; `count` is 0 when there are
+// fewer.
+template <typename Tile>
+__device__ __forceinline__ ColumnTile past_tile(const PagedPast& past, const KeyMaps& maps, int32_t stream,
+                                                int32_t kv_head, int32_t tile) {
+  const PastSpan* spans = past.spans_of(stream, kv_head);
+  for (int32_t i = 0; i < past.num_spans; ++i) {
+    const int32_t start = spans[i].start, end = spans[i].end, aligned = start & ~(maps.page_rows - 1);
+    const int32_t tiles = end > start ? (end - aligned + Tile::kRows - 1) / Tile::kRows : 0;
+    if (tile < tiles) {
+      const int32_t from = max(start, aligned + tile * Tile::kRows);
+      return {from, min(end, aligned + (tile + 1) * Tile::kRows) - from, i};
+    }
+    tile -= tiles;
+  }
+  return {0, 0, -1};
+}
+
+// Tiles that the past of a head can need: every span may begin and end in one that is not full.
+template <typename Tile>
+int32_t max_past_tiles(const PagedPast& past, const KeyMaps& maps) {
+  const int64_t positions = past.table_stride * past.page_size;
+  return static_cast<int32_t>((positions + static_cast<int64_t>(past.num_spans) * (Tile::kRows + maps.page_rows - 2)) /
+                              Tile::kRows);
+}
+
 // Where nothing is visible may be anything, which a probability of zero does not make zero: rows outside of [first,
 // end) become zero before products with them, by `threads` consumers together, which start at the second warpgroup.
 template <typename Tile>

@@ -157,10 +157,10 @@ struct BufferBarriers {
   uint64_t full[kStages], empty[kStages];
 
   // By one thread, before fence_barrier_init() and a barrier of the block. `consumers`: how many times a buffer is
-  // released.
-  __device__ __forceinline__ void init(int consumers) {
+  // released; `producers`: how many arrivals fill it.
+  __device__ __forceinline__ void init(int consumers, int producers = 1) {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::barrier_init(ptx::shared_address(&full[stage]), 1);
+      ptx::barrier_init(ptx::shared_address(&full[stage]), producers);
       ptx::barrier_init(ptx::shared_address(&empty[stage]), consumers);
     }
   }

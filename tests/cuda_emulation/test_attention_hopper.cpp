@@ -1,7 +1,9 @@
 // The attention kernels for Hopper, emulated, against the definition that the others are tested with.
 //   test_attention_hopper [largest number of multiplications in a problem]
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <string>
 
 #include "../../csrc/attention/cuda_dispatch.h"
 #include "../../csrc/attention/cuda_hopper_fit.h"
@@ -80,6 +82,26 @@ std::vector<Case> hopper_cases() {
                  true,
                  -0.5f,
                  {2.5f, -1.5f, -1.5f}});
+  for (const char* name : {"streams of many lengths", "a list per head", "few queries, long past"}) {
+    Case c = *std::find_if(all.begin(), all.end(), [&](const Case& c) { return c.name == std::string(name); });
+    c.name = "gradients of the past", c.grad_pages = true;
+    all.push_back(c);
+  }
+  all.push_back({"gradients of the past alone",
+                 1,
+                 2,
+                 1,
+                 96,
+                 {0, 9, 70},
+                 {{}, {}},
+                 0,
+                 24,
+                 {{{3, 10}, {11, 300}}},
+                 1,
+                 true,
+                 0,
+                 {},
+                 true});
   for (Case& c : all) c.gaps = 8;
   return all;
 }
