@@ -2,7 +2,7 @@
 # index; what is already done is not done again.
 #
 #   make demo      train a causal video model by Self-Forcing on two CPU cores and show its videos (outputs/demo/)
-#   make reproduce compare the ways to train it, with three seeds (about 2.5 hours), and write docs/results*.md
+#   make reproduce compare the ways to train it, with three seeds (about two hours), and write docs/results*.md
 #   make test      prove the ops against the reference, and the reference against the published implementation
 #   make check     lint, format, types
 #   make docs      the documentation, in build/docs/index.html
