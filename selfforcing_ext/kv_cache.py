@@ -32,8 +32,9 @@ from selfforcing_ext.frames import Frames
 from selfforcing_ext.intervals import Interval
 from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.library import nvtx_range, ops
-from selfforcing_ext.mask import check_window, visible_past_of_many
+from selfforcing_ext.mask import check_window
 from selfforcing_ext.page_pool import LayerPages, PagePool
+from selfforcing_ext.past_geometry import PastGeometry
 from selfforcing_ext.rope import check_qk_norm_rope, qk_norm_rope, rope_3d, rope_table
 from selfforcing_ext.stream import Stream
 from selfforcing_ext.upload import copy_to_device, on_device
@@ -42,8 +43,6 @@ DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rare
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
 ROPE_MODES = ("on_write", "on_read")
 Turns = tuple[Tensor, tuple[int, int, int]]  # a table of rotations (rope_table), and its grid
-
-NO_WINDOW = 1 << 40  # frames that move through a window that has no end
 
 
 @dataclass
@@ -185,10 +184,7 @@ class PagedKVCache:
 
         # Every block length has its own visible past. A window admits a few lengths; without one all see the same.
         self._lengths = np.arange(1, (self._longest_block or 1) + 1)
-        self._sinks = np.array([stream.sink_frames for stream in streams])
-        self._moving = np.array(
-            [NO_WINDOW if s.window_frames is None else s.window_frames - s.sink_frames for s in streams]
-        )
+        self._geometry = PastGeometry(streams)
         self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by later block and its length
         longest = max(
             _row_pages(pool.page_size, s.frame_seqlen, s.window_frames, s.sink_frames, s.max_frames, s.rollback_frames)
@@ -427,7 +423,9 @@ class PagedKVCache:
             kv_cache_ops.reserve(self, layer, num_frames)
             return self._write_start
         self._take_pages(num_frames, block, layer)
-        return self._write_start if block == 0 else on_device(self._write_starts(block), self.device)
+        if block == 0:
+            return self._write_start
+        return on_device(self._geometry.write_starts(self._start_frames(block)), self.device)
 
     def _pages_to_write(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Pages of keys and values, their scales, and the offset of keys."""
@@ -726,7 +724,7 @@ class PagedKVCache:
         self.pool.table.copy_rows(self._numbers, rows)
         copy_to_device(page_table, rows)
         if self._blocks:
-            copy_to_device(write_start, self._write_starts(0))
+            copy_to_device(write_start, self._geometry.write_starts(self._start_frames(0)))
 
     def mirror_past(
         self,
@@ -748,60 +746,9 @@ class PagedKVCache:
     def _records(self, block: int, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """What a block sees of the past, for K lengths of it: spans [K, B, G, S, 4] as the attention op reads them, and
         the frame at which it starts when the visible past is counted from 0, [K, B]."""
-        starts = self._start_frames(block)
-        if any(stream.frames.selected is not None for stream in self.streams):
-            frames, sees_sink = self._selected_past(starts, lengths)
-        else:
-            frames = visible_past_of_many(np.array(starts), lengths, self._moving, self._sinks)[:, :, None]
-            sees_sink = np.zeros(frames.shape[:-1], dtype=bool)
-            sees_sink[..., 0] = True
-        lists, spans = frames.shape[2:4]
-        tokens = (frames * self.frame_seqlen).reshape(*frames.shape[:2], lists * spans, 2)
-        records = np.empty((*frames.shape[:-1], 4), dtype=np.int32)
-        records[..., :2] = self.pool.table.positions(self._numbers, tokens).reshape(frames.shape)
-        # The newest visible frame of every head stands right before the block.
-        counts = frames[..., 1] - frames[..., 0]
-        visible = counts.sum(-1)  # [K, B, G]
-        start = visible.max(-1)  # [K, B]
-        before = (start[..., None] - visible)[..., None] + np.cumsum(counts, axis=-1) - counts
-        records[..., 2] = before * self.frame_seqlen
-        sink, past = self._past_bias[:2]
-        records[..., 3] = np.where(sees_sink, np.float32(sink), np.float32(past)).view(np.int32)
-        self._make_turns(int(start.max()))
-        return records, start.astype(np.int32)
-
-    def _selected_past(
-        self, starts: list[int], lengths: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Visible frames [K, B, G, S, 2] where streams have selections, and which of these are sink frames."""
-        seen: list[list[list[list[Interval]]]] = []
-        for length in lengths.tolist():
-            of_length = []
-            for stream, start in zip(self.streams, starts, strict=True):
-                sink, rest = [(0, stream.sink_frames)], [(stream.sink_frames, start)]
-                of_length.append(
-                    [
-                        [*intervals.intersect(frames, sink), *intervals.intersect(frames, rest)]
-                        for frames in stream.frames.visible(start, start + length)
-                    ]
-                )
-            seen.append(of_length)
-        num_lists = max(len(lists) for of_length in seen for lists in of_length)
-        most = max(1, *(len(spans) for of_length in seen for lists in of_length for spans in lists))
-        frames = np.zeros((len(seen), len(starts), num_lists, most, 2), dtype=np.int64)
-        for i, of_length in enumerate(seen):
-            for j, lists in enumerate(of_length):
-                for g in range(num_lists):
-                    spans = lists[g if len(lists) > 1 else 0]
-                    frames[i, j, g, : len(spans)] = np.array(spans).reshape(-1, 2)
-        return frames, frames[..., 1] <= self._sinks[None, :, None, None]
-
-    def _write_starts(self, block: int) -> NDArray[np.int32]:
-        """Positions of a block's first tokens, [B]."""
-        first = np.array(self._start_frames(block)) * self.frame_seqlen
-        tokens = np.stack((first, first + 1), axis=-1)[:, None]
-        positions: NDArray[np.int32] = self.pool.table.positions(self._numbers, tokens)[:, 0, 0]
-        return np.ascontiguousarray(positions)
+        records, starts = self._geometry.visible(self._start_frames(block), lengths, self._past_bias[:2])
+        self._make_turns(int(starts.max()))
+        return records, starts
 
     def _places_of_block(self, num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Page and slot of every token of the block that is being written, [B, L] each."""

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import python_ref.ops.kv_cache as reference
 from selfforcing_ext import kv_cache as extension
+from selfforcing_ext import past_geometry
 from selfforcing_ext.mask import visible_past_of_many
 from selfforcing_ext.stream import Stream
 
@@ -532,7 +533,7 @@ PLANTED = {
         lambda stream, uncommitted_frames=0: [batch.refresh() for batch in stream._batches],
     ),
     "shared pages are replaced, but not copied": (extension.PagePool, "advance", pages_are_not_copied),
-    "the window shows a frame too many": (extension, "visible_past_of_many", a_frame_too_many),
+    "the window shows a frame too many": (past_geometry, "visible_past_of_many", a_frame_too_many),
     "a batch misses what another commits": (extension.PagedKVCache, "refresh_others", lambda cache: None),
 }
 
