@@ -8,10 +8,9 @@
 // The grid is as large as the GPU. Tiles of queries go to its thread blocks round after round, those of later blocks,
 // which see more keys, first. What does not fill a last round is split over keys.
 #pragma once
-#include <algorithm>
-
 #include "cuda_hopper_keys.cuh"
 #include "cuda_key_split.cuh"
+#include "cuda_schedule.cuh"
 
 namespace selfforcing::attention_cuda {
 
@@ -57,14 +56,6 @@ struct HopperForwardShared {
   ForwardKeys tiles[kKnownTiles];
 };
 
-// How the tiles of queries are divided. Decided by sizes alone, so that the same call gives the same bits.
-struct ForwardSchedule {
-  int32_t blocks;       // of threads
-  int32_t whole_tiles;  // these first, then some that several thread blocks share
-  int32_t parts;        // of those
-  int32_t items;
-};
-
 struct ForwardMaps {
   ptx::TensorMap q;
   KeyMaps keys;
@@ -73,7 +64,7 @@ struct ForwardMaps {
 // The producer: one warp.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void produce_forward(const AttentionParams& params, const ForwardMaps& maps,
-                                                const ForwardSchedule& schedule,
+                                                const RoundSchedule& schedule,
                                                 HopperForwardShared<T, kHeadDim>& shared) {
   using Tile = HopperForwardTile<T, kHeadDim>;
   BufferPosition<1> queries;
@@ -81,12 +72,10 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
 
   for (;; ++queries.use) {
     const int32_t item = item_of_round(static_cast<int32_t>(queries.use));
-    const int32_t shared_item = item - schedule.whole_tiles;
-    const bool whole = shared_item < 0;
+    const TilePart part = schedule.at(item);
     RowTile rows{0, 0, 0};
     if (item < schedule.items)
-      rows = find_row_tile<Tile::kQueries, true>(params.spans, params.num_queries,
-                                                 whole ? item : schedule.whole_tiles + shared_item / schedule.parts,
+      rows = find_row_tile<Tile::kQueries, true>(params.spans, params.num_queries, part.tile,
                                                  params.batch * params.num_heads);
     queries.wait_empty(shared.query_barriers);
     const ptx::SharedAddress queries_full = queries.full(shared.query_barriers);
@@ -100,17 +89,14 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
     }
     const int32_t stream = rows.copy / params.num_heads, head = rows.copy % params.num_heads;
     const int32_t kv_head = head / (params.num_heads / params.num_kv_heads);
-    const int32_t part = whole ? 0 : shared_item % schedule.parts;
     ColumnTiles<Tile::kKeys> tiles(params.spans, rows.block, params.num_keys);
     tiles.prepend(params.past, stream, kv_head);
     tiles.align_past(maps.keys.page_rows);
-    tiles.take_every(whole ? 1 : schedule.parts, part);
+    tiles.take_every(part.parts, part.part);
     ColumnTile tile;
     bool more = tiles.next(tile);
     if (lane() == 0) {
-      work = {rows.start, rows.count, stream,
-              head,       part,       whole || schedule.parts == 1 ? -1 : shared_item / schedule.parts,
-              more};
+      work = {rows.start, rows.count, stream, head, part.part, part.shared_tile, more};
       if (more) {
         ptx::barrier_arrive_expect(queries_full, Tile::Queries::kBytes);
         typename Tile::Queries(shared.queries).load(maps.q, queries_full, 0, rows.start, head, stream);
@@ -305,7 +291,7 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::Block::kThreads, kOneBlock)
     hopper_forward_kernel(const AttentionParams params, const __grid_constant__ ForwardMaps maps,
-                          const ForwardSchedule schedule, const KeySplit split) {
+                          const RoundSchedule schedule, const KeySplit split) {
   using Tile = HopperForwardTile<T, kHeadDim>;
   SELFFORCING_DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<HopperForwardShared<T, kHeadDim>*>(bytes);
@@ -320,54 +306,37 @@ __global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::Block::kThread
                    [&](int group) { consume_forward<T, kHeadDim>(params, split, group, shared); });
 }
 
-// Joins the parts of the tiles that thread blocks shared: a block each.
+// Joins the parts of the tiles that thread blocks shared: a warp for each row.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kJoinThreads)
-    join_tiles_kernel(const AttentionParams params, const ForwardSchedule schedule, const KeySplit split) {
+    join_tiles_kernel(const AttentionParams params, const RoundSchedule schedule, const KeySplit split) {
   constexpr int kQueries = HopperForwardTile<T, kHeadDim>::kQueries;
-  const int32_t shared_tile = static_cast<int32_t>(blockIdx.x);
+  const int32_t shared_row = static_cast<int32_t>(blockIdx.x) * kJoinRows + warp();
   const RowTile tile = find_row_tile<kQueries, true>(
-      params.spans, params.num_queries, schedule.whole_tiles + shared_tile, params.batch * params.num_heads);
+      params.spans, params.num_queries, schedule.whole_tiles + shared_row / kQueries, params.batch * params.num_heads);
+  if (shared_row % kQueries >= tile.count) return;
   const int32_t stream = tile.copy / params.num_heads, head = tile.copy % params.num_heads;
-  const Rows<T> out = head_rows<T>(params.out, stream, head);
-  for (int32_t row = warp(); row < tile.count; row += kJoinThreads / kWarpSize)
-    join_parts(split, static_cast<int64_t>(shared_tile) * kQueries + row, params.head_dim,
-               params.lse + row_of_head(params, stream, head) + tile.start + row, out.at(tile.start + row));
+  const int32_t row = tile.start + shared_row % kQueries;
+  join_parts(split, shared_row, params.head_dim, params.lse + row_of_head(params, stream, head) + row,
+             head_rows<T>(params.out, stream, head).at(row));
 }
 
 // ---- The host's part
 
 template <typename T, int kHeadDim>
-ForwardSchedule schedule_forward(const AttentionParams& params) {
+RoundSchedule schedule_forward(const AttentionParams& params) {
   using Tile = HopperForwardTile<T, kHeadDim>;
-  const int32_t processors = ptx::multiprocessors();
-  const int32_t tiles = static_cast<int32_t>(max_row_tiles(params.num_queries, params.spans, Tile::kQueries)) *
-                        params.batch * params.num_heads;
-  const int32_t shared_tiles = tiles % processors, whole_tiles = tiles - shared_tiles;
-  const int64_t past = params.past.k_pages == nullptr ? 0 : params.past.table_stride * params.past.page_size;
-  const int64_t key_tiles = (params.num_keys + past + Tile::kKeys - 1) / Tile::kKeys;
-  // As many parts as make the last rounds shortest. To start, end and join a part takes about as long as some tiles of
-  // keys.
-  constexpr int64_t kOverhead = 4, kMostParts = 64;
-  const auto length = [&](int64_t parts) {
-    return (shared_tiles * parts + processors - 1) / processors * ((key_tiles + parts - 1) / parts + kOverhead);
-  };
-  int32_t parts = 1;
-  for (int32_t more = 2; more <= kMostParts && more <= key_tiles; ++more)
-    if (length(more) < length(parts)) parts = more;
-  const int32_t items = whole_tiles + shared_tiles * parts;
-  return {std::min(items, processors), parts == 1 ? tiles : whole_tiles, parts, items};
+  return schedule_queries(params, Tile::kQueries, Tile::kKeys);
 }
 
 template <typename T, int kHeadDim>
-int64_t shared_rows(const ForwardSchedule& schedule) {
-  return static_cast<int64_t>((schedule.items - schedule.whole_tiles) / schedule.parts) *
-         HopperForwardTile<T, kHeadDim>::kQueries;
+int64_t shared_rows(const RoundSchedule& schedule) {
+  return static_cast<int64_t>(schedule.shared_tiles()) * HopperForwardTile<T, kHeadDim>::kQueries;
 }
 
 template <typename T, int kHeadDim>
 int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
-  const ForwardSchedule schedule = schedule_forward<T, kHeadDim>(params);
+  const RoundSchedule schedule = schedule_forward<T, kHeadDim>(params);
   return KeySplit::workspace_bytes(schedule.parts, shared_rows<T, kHeadDim>(schedule), params.head_dim);
 }
 
@@ -377,7 +346,7 @@ int32_t launch_hopper_forward(const AttentionParams& params) {
   using Tile = HopperForwardTile<T, kHeadDim>;
   using Shared = HopperForwardShared<T, kHeadDim>;
   static_assert(sizeof(Shared) <= ptx::kMaxSharedBytesHopper);
-  const ForwardSchedule schedule = schedule_forward<T, kHeadDim>(params);
+  const RoundSchedule schedule = schedule_forward<T, kHeadDim>(params);
   if (schedule.items == 0) return 0;
   ForwardMaps maps{};
   int32_t error = encode_heads<typename Tile::Queries>(maps.q, params.q, params.batch, params.num_queries,
@@ -390,8 +359,8 @@ int32_t launch_hopper_forward(const AttentionParams& params) {
   error = ptx::launch(hopper_forward_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(schedule.blocks)),
                       dim3(Tile::Block::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);
   if (error != 0 || schedule.parts == 1) return error;
-  return ptx::launch(join_tiles_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(rows / Tile::kQueries)),
-                     dim3(kJoinThreads), 0, params.stream, params, schedule, split);
+  return ptx::launch(join_tiles_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(rows / kJoinRows)), dim3(kJoinThreads),
+                     0, params.stream, params, schedule, split);
 }
 
 }  // namespace selfforcing::attention_cuda

@@ -42,6 +42,6 @@ __device__ __forceinline__ void join_parts(const KeySplit& split, int64_t row, i
   }
 }
 
-constexpr int kJoinThreads = 128;
+constexpr int kJoinThreads = 128, kJoinRows = kJoinThreads / kWarpSize;  // of a thread block
 
 }  // namespace selfforcing::attention_cuda

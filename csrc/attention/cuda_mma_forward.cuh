@@ -4,10 +4,9 @@
 //
 // With fewer tiles of queries than multiprocessors, several thread blocks share a tile.
 #pragma once
-#include <algorithm>
-
 #include "cuda_key_split.cuh"
 #include "cuda_mma_tiles.cuh"
+#include "cuda_schedule.cuh"
 
 namespace selfforcing::attention_cuda {
 
@@ -159,24 +158,11 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
 // Joins the parts of every query, one warp each.
 template <typename T>
 __global__ void __launch_bounds__(kJoinThreads) join_parts_kernel(const AttentionParams params, const KeySplit split) {
-  const int32_t query = static_cast<int32_t>(blockIdx.x * (kJoinThreads / kWarpSize) + threadIdx.x / kWarpSize);
+  const int32_t query = static_cast<int32_t>(blockIdx.x * kJoinRows + threadIdx.x / kWarpSize);
   if (query >= params.num_queries) return;
   const int32_t head = static_cast<int32_t>(blockIdx.y), stream = static_cast<int32_t>(blockIdx.z);
   const int64_t row = row_of_head(params, stream, head) + query;
   join_parts(split, row, params.head_dim, params.lse + row, head_rows<T>(params.out, stream, head).at(query));
-}
-
-// Decided by sizes alone, so that the same call gives the same bits: enough thread blocks for the multiprocessors, but
-// some tiles of keys for each.
-template <typename T, int kHeadDim>
-int32_t parts_of_keys(const AttentionParams& params) {
-  using Tile = MmaForwardTile<T, kHeadDim>;
-  constexpr int64_t kLeastKeys = 4 * Tile::kKeys;
-  const int64_t blocks = static_cast<int64_t>(max_row_tiles(params.num_queries, params.spans, Tile::kQueries)) *
-                         params.num_heads * params.batch;
-  const int64_t past = params.past.k_pages == nullptr ? 0 : params.past.table_stride * params.past.page_size;
-  const int64_t most = std::max<int64_t>(1, (params.num_keys + past) / kLeastKeys);
-  return static_cast<int32_t>(std::clamp<int64_t>(blocks == 0 ? 1 : ptx::multiprocessors() / blocks, 1, most));
 }
 
 inline int64_t num_rows(const AttentionParams& params) {
@@ -185,13 +171,16 @@ inline int64_t num_rows(const AttentionParams& params) {
 
 template <typename T, int kHeadDim>
 int64_t mma_forward_workspace_bytes(const AttentionParams& params) {
-  return KeySplit::workspace_bytes(parts_of_keys<T, kHeadDim>(params), num_rows(params), params.head_dim);
+  using Tile = MmaForwardTile<T, kHeadDim>;
+  return KeySplit::workspace_bytes(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_rows(params),
+                                   params.head_dim);
 }
 
 template <typename T, int kHeadDim>
 int32_t launch_mma_forward(const AttentionParams& params) {
   using Tile = MmaForwardTile<T, kHeadDim>;
-  const KeySplit split(parts_of_keys<T, kHeadDim>(params), num_rows(params), params.head_dim, params.workspace);
+  const KeySplit split(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_rows(params), params.head_dim,
+                       params.workspace);
   const unsigned heads = static_cast<unsigned>(params.num_heads), batch = static_cast<unsigned>(params.batch);
   const dim3 grid(max_row_tiles(params.num_queries, params.spans, Tile::kQueries), heads,
                   batch * static_cast<unsigned>(split.parts));
@@ -199,9 +188,7 @@ int32_t launch_mma_forward(const AttentionParams& params) {
                                         params.stream, params, split))
     return error;
   if (split.parts == 1) return 0;
-  constexpr unsigned kQueriesPerBlock = kJoinThreads / kWarpSize;
-  const dim3 join_grid((static_cast<unsigned>(params.num_queries) + kQueriesPerBlock - 1) / kQueriesPerBlock, heads,
-                       batch);
+  const dim3 join_grid((static_cast<unsigned>(params.num_queries) + kJoinRows - 1) / kJoinRows, heads, batch);
   return ptx::launch(join_parts_kernel<T>, join_grid, dim3(kJoinThreads), 0, params.stream, params, split);
 }
 
