@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selfforcing_ext.attention import Past, attention_over_spans
+from selfforcing_ext.checks import dtype_name
 from selfforcing_ext.library import ops
 from selfforcing_ext.mask import SpanTable
 from selfforcing_ext.page_pool import PagePool
@@ -41,14 +42,23 @@ class CacheGradient:
         self._sums = [_Sums(self._pool) for _ in range(self._pool.num_layers)]
 
     def check_write(self, k: Tensor, v: Tensor, grad_to: tuple[Tensor, Tensor] | None, block: int) -> None:
-        """Raises ValueError for a write that cannot have a gradient."""
+        """Raises TypeError or ValueError for a write that cannot have a gradient."""
         if block:
             raise ValueError(f"block is {block}, but must be 0 with grad_through_cache: staged blocks have no gradient")
-        for name, given, target in (("k", k, grad_to and grad_to[0]), ("v", v, grad_to and grad_to[1])):
-            if target is not None and target.shape != given.shape:
+        if grad_to is None:
+            return
+        if not (isinstance(grad_to, tuple) and len(grad_to) == 2 and all(isinstance(x, Tensor) for x in grad_to)):
+            given_types = ", ".join(type(x).__name__ for x in grad_to) if isinstance(grad_to, tuple) else grad_to
+            raise TypeError(f"grad_to is ({given_types}), but must be a pair of tensors: for k and for v")
+        for name, given, target in (("k", k, grad_to[0]), ("v", v, grad_to[1])):
+            if target.shape != given.shape:
                 raise ValueError(
                     f"grad_to has shape {list(target.shape)} for {name}, but must have {list(given.shape)} like {name}"
                 )
+            if not target.is_floating_point():
+                raise TypeError(f"grad_to is {dtype_name(target.dtype)} for {name}, but must be a floating dtype")
+            if target.device != given.device:
+                raise ValueError(f"grad_to is on {target.device} for {name}, but must be on {given.device} like {name}")
 
     def record(self, layer: int, k: Tensor, v: Tensor, grad_to: tuple[Tensor, Tensor] | None, places: Places) -> None:
         """A layer has written its block to these places."""

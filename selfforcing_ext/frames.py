@@ -3,9 +3,11 @@ that videos in step with each other share it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import SupportsIndex, cast
 
 from selfforcing_ext import intervals
 from selfforcing_ext.intervals import Interval
@@ -99,3 +101,37 @@ class Frames:
             return replace(self, selected=selected, selected_at=self.num_frames)
         held = intervals.merge(interval for frames in selected for interval in frames)
         return replace(self, selected=selected, selected_at=self.num_frames, held=held, forgot=True)
+
+
+#: Numbers of frames, for all K/V heads or one iterable for each; tensors and arrays of whole numbers count as such.
+FrameLists = Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]]
+
+
+def frame_lists(frames: FrameLists, num_heads: int) -> list[list[int]]:
+    """One list for all heads, or one for each.
+
+    Raises:
+        TypeError: what is no whole number.
+        ValueError: another number of lists than heads.
+    """
+    entries = list(frames)
+    if not any(map(_is_iterable, entries)):
+        return [_whole_numbers(cast(list[SupportsIndex], entries))]
+    if len(entries) != num_heads:
+        raise ValueError(f"frames has {len(entries)} sequences, but must have {num_heads}, one per K/V head")
+    return [_whole_numbers(of_head) for of_head in cast(list[Iterable[SupportsIndex]], entries)]
+
+
+def _is_iterable(entry: object) -> bool:
+    try:
+        iter(cast(Iterable[object], entry))
+    except TypeError:
+        return False
+    return True
+
+
+def _whole_numbers(frames: Iterable[SupportsIndex]) -> list[int]:
+    try:
+        return [operator.index(frame) for frame in frames]
+    except TypeError as error:
+        raise TypeError(f"frames must have whole numbers ({error})") from error

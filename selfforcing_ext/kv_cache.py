@@ -12,7 +12,6 @@ Source: the rolling KV cache of Self-Forcing (arXiv 2506.08009), section 3.4; pa
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from selfforcing_ext.attention import attention_over_spans, full_table, op_input
 from selfforcing_ext.cache_gradient import CacheGradient, PastGradient
 from selfforcing_ext.checks import check_heads, dtype_name
 from selfforcing_ext.frames import Frames
+from selfforcing_ext.integers import check_integer
 from selfforcing_ext.intervals import Interval
 from selfforcing_ext.kv_cache_view import KVCacheView
 from selfforcing_ext.library import nvtx_range, ops
@@ -41,6 +41,7 @@ from selfforcing_ext.upload import copy_to_device, on_device
 
 DEFAULT_PAGE_SIZE = 64  # tokens: a key tile of the kernels, so that a tile rarely spans more than two pages
 UNBOUNDED_START_FRAMES = 8  # what a cache without window and maximum has room for at first
+LARGEST_BIAS = 1e30  # scores stay finite
 ROPE_MODES = ("on_write", "on_read")
 Turns = tuple[Tensor, tuple[int, int, int]]  # a table of rotations (rope_table), and its grid
 
@@ -118,8 +119,8 @@ class PagedKVCache:
         sizes = {"batch_size": batch_size, "page_size": page_size, "frame_seqlen": frame_seqlen}
         sizes |= {"max_frames": max_frames} if max_frames is not None else {}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+            check_integer(name, value, least=1)
+        check_integer("sink_frames", sink_frames, least=0)
         check_window(window_frames, sink_frames, frames_per_block=1)
         row_pages = _row_pages(page_size, frame_seqlen, window_frames, sink_frames, max_frames)
         shape = (num_layers, num_heads, head_dim, dtype, device, quantization, key_offset, grad_through_cache)
@@ -137,10 +138,12 @@ class PagedKVCache:
     ) -> PagedKVCache:
         """Streams of one pool as a batch, each with its own length, window and position.
 
-        The streams may join other batches between blocks. The pool does not grow.
+        The streams may join other batches between blocks; of several batches that have a stream, one writes a block and
+        commits or drops it before another writes. The pool does not grow.
 
         Raises:
-            ValueError: no streams, one that is closed or comes twice, or pools or frame_seqlen that differ; or options
+            ValueError: no streams, one that is closed or comes twice, or pools or frame_seqlen that differ; one whose
+                keys were written with another ``rope`` or, with ``grad_through_cache``, by another batch; or options
                 that do not go together.
         """
         cache = cls.__new__(cls)
@@ -177,7 +180,8 @@ class PagedKVCache:
         self._limited = [stream for stream in streams if stream.max_frames is not None]
         self._blocks: list[_Block] = []
         self._commits_later = False  # a prepared block is under way
-        self._ended = False  # one of the streams is closed
+        self._refusal = self._refusal_of_streams()  # why no call is taken, or None
+        self._check_usable()
         self._read_blocks: set[int] = set()  # of these, those that a view reads as they are now
         self._view: KVCacheView | None = None  # of the current block, while autograd records
         self._gradient = CacheGradient(pool) if self.grad_through_cache else None
@@ -198,7 +202,7 @@ class PagedKVCache:
         self._rope_position = torch.zeros(lengths, batch, dtype=torch.int32, device=self.device)
         self._turns: Turns | None = None  # of keys that are rotated on reading
         self._make_turns(max((window for window, _ in self._windows if window is not None), default=0))
-        self._handle, self._reference = kv_cache_ops.register(self), weakref.ref(self)
+        self._handle, self.reference = kv_cache_ops.register(self), weakref.ref(self)
         for stream in streams:
             stream._batches.add(self)
         self.refresh()
@@ -239,6 +243,7 @@ class PagedKVCache:
         place, so that graphs replay with new positions; while autograd records, a copy that stays as it is."""
         if torch.compiler.is_compiling():
             return kv_cache_ops.copy_of_position(self._position)
+        self._check_usable()
         return self._current_view().position if torch.is_grad_enabled() else self._position
 
     @property
@@ -258,6 +263,7 @@ class PagedKVCache:
 
     @past_bias.setter
     def past_bias(self, bias: tuple[float, float, float] | None) -> None:
+        self._check_usable()
         self._past_bias = _checked_bias(bias)
         self.refresh()
 
@@ -328,8 +334,8 @@ class PagedKVCache:
         Args:
             layer: which layer.
             k, v: keys after rotary embedding (with rope="on_read" before), and values.
-            grad_to: keys and values of the same shapes that receive the gradient in place of k and v, also when
-                written under ``torch.no_grad()``. Needs ``grad_through_cache``.
+            grad_to: a pair of tensors, shaped like k and v, that receive the gradient in their place, also when written
+                under ``torch.no_grad()``. Needs ``grad_through_cache``.
             block: number of the block among those that are not committed.
 
         Raises:
@@ -371,7 +377,7 @@ class PagedKVCache:
             k: projected keys, neither normalised nor rotated. With rope="on_read" they are normalised only.
             v: values.
             weight: factor per channel after the normalisation; any floating dtype, used as float32.
-            grid: tokens along (frames, rows, columns).
+            grid: tokens along (frames, rows, columns), of the block.
             eps: added to the mean square; not below 0.
 
         Raises:
@@ -381,6 +387,10 @@ class PagedKVCache:
         k, v = op_inputs(k=k, v=v)
         check_qk_norm_rope("k", k, weight, self.num_heads, grid, eps)
         num_frames = self._check_block(layer, k.view(*k.shape[:2], self.num_heads, k.shape[2] // self.num_heads), v)
+        if grid[0] != num_frames:
+            raise ValueError(
+                f"grid is {tuple(grid)}, but must have {num_frames} frames: k has as many of {self.frame_seqlen} tokens"
+            )
         recorded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or weight.requires_grad)
         if recorded or self._gradient is not None or self.rope == "on_read":
             keys = self._normed_keys(k, weight, grid, eps)
@@ -437,15 +447,24 @@ class PagedKVCache:
         """Makes the first block, of ``num_frames`` frames, the past.
 
         Raises:
+            TypeError: ``num_frames`` is no int.
             ValueError: a layer has not written it, or not this number of frames. The cache is unchanged then.
         """
         if torch.compiler.is_compiling():
             kv_cache_ops.commit(self, num_frames)
-        elif self._commit(num_frames):
+            return
+        self._check_usable()
+        check_integer("num_frames", num_frames, least=1)
+        if self._commit(num_frames):
             self.refresh()
 
     def drop(self, block: int = 0) -> None:
-        """Forgets the blocks that are not committed, from this one on."""
+        """Forgets the blocks that are not committed, from this one on.
+
+        Raises:
+            TypeError, ValueError: ``block`` is no int or below 0.
+        """
+        check_integer("block", block, least=0)
         if block < len(self._blocks):
             del self._blocks[block:]
             self._read_blocks = {read for read in self._read_blocks if read < block}
@@ -458,7 +477,7 @@ class PagedKVCache:
         can no longer be used."""
         self.drop()
         self._view = None
-        self._ended = True
+        self._refusal = "a stream of the cache is closed: make a new cache of those that are open"
         for stream in self.streams:
             stream._batches.discard(self)
 
@@ -467,9 +486,13 @@ class PagedKVCache:
         that writes to a cache without window and maximum, or whose pages autograd holds: a graph cannot grow the pool.
 
         Raises:
-            ValueError: the block cannot be the next one. The cache is unchanged then.
-            RuntimeError: the pool has too few free pages. The cache is unchanged then.
+            TypeError: ``num_frames`` is no int.
+            ValueError: the block cannot be the next one.
+            RuntimeError: the pool has too few free pages.
+            The cache is unchanged then.
         """
+        check_integer("num_frames", num_frames, least=1)
+        self._check_windows(num_frames)
         self._take_pages(num_frames, block=0, layer=None)
 
     @contextmanager
@@ -478,16 +501,18 @@ class PagedKVCache:
         past at the end, where ``commit`` inside only checks. So a CUDA graph can hold the calls (``GraphedBlock``).
 
         Yields the layers that have written. A replayed graph writes without the host's knowing: whoever replays adds
-        its layers.
+        its layers. An error inside drops the block.
 
         Raises:
-            ValueError: the block cannot be the next one, or at the end a layer has not written it.
-            RuntimeError: the pool has too few free pages. The cache is unchanged then.
+            TypeError, ValueError, RuntimeError: as ``reserve``; ValueError if at the end a layer has not written.
         """
         self.reserve(num_frames)
         self._commits_later = True
         try:
             yield self._blocks[0].written
+        except BaseException:
+            self.drop()
+            raise
         finally:
             self._commits_later = False
         self.commit(num_frames)
@@ -501,11 +526,25 @@ class PagedKVCache:
 
     def view(self, block: int = 0) -> KVCacheView:
         """What a block (the next one) sees now, for reading: later writes do not change it. While the view, or a graph
-        that recorded its ``attend``, is alive, its pages are not recycled."""
+        that recorded its ``attend``, is alive, its pages are not recycled.
+
+        Raises:
+            ValueError: there can be no such block now.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_usable()
+            self._check_number(block)
         return KVCacheView(self, block)
 
     def reset(self) -> None:
-        """Forgets every frame of every stream. The pool keeps its size."""
+        """Forgets every frame of every stream. The pool keeps its size.
+
+        Raises:
+            ValueError: a stream is closed or is being written by another batch. Nothing is changed then.
+        """
+        self._check_usable()
+        for stream in self.streams:
+            stream.check_writer(self)
         if self._gradient is not None:
             self._gradient.forget()
         for stream in self.streams:
@@ -520,6 +559,8 @@ class PagedKVCache:
 
     def _check_block(self, layer: int, k: Tensor, v: Tensor) -> int:
         """The number of frames of a block that fits the cache."""
+        if not isinstance(layer, int):
+            raise TypeError(f"layer is {layer!r}, but must be an int")
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer is {layer}, but must be in [0, {self.num_layers})")
         for name, tensor in (("k", k), ("v", v)):
@@ -543,9 +584,12 @@ class PagedKVCache:
                 f"k has {num_tokens} tokens, but must have a positive multiple of frame_seqlen = {self.frame_seqlen}"
             )
         num_frames: int = num_tokens // self.frame_seqlen
+        self._check_windows(num_frames)
+        return num_frames
+
+    def _check_windows(self, num_frames: int) -> None:
         for window, sink in self._windows:
             check_window(window, sink, num_frames)
-        return num_frames
 
     def _check_query(self, q: Tensor, k: Tensor) -> None:
         check_heads("q", q)
@@ -564,13 +608,8 @@ class PagedKVCache:
     def _check_turn(self, name: str, num_frames: int, block: int, layer: int | None) -> None:
         """Raises ValueError unless a block of this length can be this one of those that are not committed. Not for
         graphs: all this changes."""
-        if self._ended:
-            raise ValueError("a stream of the cache is closed: make a new cache of those that are open")
-        if not 0 <= block <= len(self._blocks):
-            raise ValueError(
-                f"block is {block}, but must be in [0, {len(self._blocks)}]: {len(self._blocks)} blocks are written "
-                "and not committed"
-            )
+        self._check_usable()
+        self._check_number(block)
         for stream in self._limited:
             before = stream.num_frames + self._staged_frames(block)
             if stream.max_frames is not None and before + num_frames > stream.max_frames:
@@ -594,6 +633,22 @@ class PagedKVCache:
         for index, before_it in enumerate(self._blocks[:block]):
             if layer is not None and layer not in before_it.written:
                 raise ValueError(f"block is {block}, but layer {layer} has not written block {index}")
+
+    def _refusal_of_streams(self) -> str | None:
+        return next(filter(None, (stream.refusal(self) for stream in self.streams)), None)
+
+    def _check_usable(self) -> None:
+        if self._refusal is not None:
+            raise ValueError(self._refusal)
+
+    def _check_number(self, block: int) -> None:
+        if not isinstance(block, int):
+            raise TypeError(f"block is {block!r}, but must be an int")
+        if not 0 <= block <= len(self._blocks):
+            raise ValueError(
+                f"block is {block}, but must be in [0, {len(self._blocks)}]: {len(self._blocks)} blocks are written "
+                "and not committed"
+            )
 
     def _check_compiled(self, block: int) -> None:
         if block or self._gradient is not None:
@@ -658,9 +713,10 @@ class PagedKVCache:
         self._read_blocks.discard(block)
         for stream in self.streams:
             stream.frames = steps[stream.frames][2]
-            stream.writer = self._reference
+            stream.written_by(self)
         if not again:
             self._blocks.append(_Block(num_frames))
+        self.refresh_others()
         return True
 
     def _commit(self, num_frames: int) -> bool:
@@ -691,7 +747,7 @@ class PagedKVCache:
         return True
 
     def refresh_others(self) -> None:
-        """Shows other batches of the cache's streams that these have gone on."""
+        """Shows other batches of the cache's streams what has become of these."""
         for batch in {batch for stream in self.streams for batch in stream._batches} - {self}:
             batch.refresh()
 
@@ -710,6 +766,7 @@ class PagedKVCache:
         self.mirror_pages(self._page_table, self._write_start)
         self._view = None
         self._staged.clear()
+        self._refusal = self._refusal_of_streams()
         self._shortest_block = max(stream.frames.shortest_block for stream in self.streams)
         records, rope_position = self._records(0, self._lengths)
         _, _, lists, spans, _ = self._past_spans.shape
@@ -852,7 +909,10 @@ def _checked_bias(bias: tuple[float, float, float] | None) -> tuple[float, float
     """(sink, past, own block), relative to the own block's: a softmax knows differences only."""
     if bias is None:
         return 0.0, 0.0, 0.0
-    if len(bias) != 3 or not all(math.isfinite(value) for value in bias):
-        raise ValueError(f"past_bias is {bias}, but must be three finite numbers: for sink, past and own block")
+    if len(bias) != 3 or not all(abs(value) <= LARGEST_BIAS for value in bias):
+        raise ValueError(
+            f"past_bias is {bias}, but must be three numbers of at most {LARGEST_BIAS:g} in size: for sink, past and "
+            "own block"
+        )
     sink, past, own = bias
     return sink - own, past - own, 0.0

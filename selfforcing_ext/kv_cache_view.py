@@ -28,6 +28,9 @@ class KVCacheView:
     def __init__(self, cache: PagedKVCache, block: int = 0) -> None:
         self._cache = cache
         self.block = block
+        # By layer, the staged blocks before it must be there.
+        before_it = [written.written for written in cache._blocks[:block]]
+        self._readable_layers = set(range(cache.num_layers)).intersection(*before_it)
         # The memory and the table of now: activation checkpointing wants the same shapes again.
         self._layers = list(cache.pool.saved_layers)
         if block == 0:
@@ -81,13 +84,16 @@ class KVCacheView:
         num_frames = cache._check_block(layer, k, v)
         cache._check_query(q, k)
         if not torch.compiler.is_compiling():
-            self._check_length(num_frames)
+            self._check_turn(layer, num_frames)
         spans, start = (cache._at_length(x, num_frames) for x in (self._past_spans, self._rope_position))
         where = (self._layers, self._page_table, spans, start, self._turns)
         return cache.attend_past(layer, q, k, v, softmax_scale, *where, self._gradient)
 
-    def _check_length(self, num_frames: int) -> None:
-        """Raises ValueError unless a block can have this length. Not for graphs, as of a cache: the limits change."""
+    def _check_turn(self, layer: int, num_frames: int) -> None:
+        """Raises ValueError unless this layer can read for a block of this length. Not for graphs, as of a cache: all
+        this changes."""
+        if layer not in self._readable_layers:
+            raise ValueError(f"block is {self.block}, but layer {layer} had not written all blocks before it")
         if self._longest_block is not None and num_frames > self._longest_block:
             raise ValueError(
                 f"q has {num_frames} frames, but max_frames leaves room for {self._longest_block} after the view's "

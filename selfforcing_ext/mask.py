@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from selfforcing_ext.integers import check_integer
 from selfforcing_ext.intervals import Interval, merge
 
 
@@ -178,7 +179,7 @@ class BlockCausalMask:
 
     def __post_init__(self) -> None:
         for name, least in (("num_frames", 1), ("frame_seqlen", 1), ("frames_per_block", 1), ("sink_frames", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         alone = int(bool(self.first_frame_alone))
         if (self.num_frames - alone) % self.frames_per_block:
             wanted = "one more than a multiple" if alone else "a multiple"
@@ -237,19 +238,12 @@ def check_window(window_frames: int | None, sink_frames: int, frames_per_block: 
     """Raises ValueError unless sink and one block fit into the window."""
     if window_frames is None:
         return
-    _check_integer("window_frames", window_frames, 1)
+    check_integer("window_frames", window_frames, 1)
     if window_frames < sink_frames + frames_per_block:
         raise ValueError(
             f"window_frames is {window_frames}, but must be at least sink_frames + frames_per_block = "
             f"{sink_frames} + {frames_per_block}: the window counts the sink and the query's own block"
         )
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be an int")
-    if value < least:
-        raise ValueError(f"{name} is {value}, but must be at least {least}")
 
 
 def _scale(interval: Interval, tokens: int, offset: int = 0) -> Interval:

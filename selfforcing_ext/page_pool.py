@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selfforcing_ext.attention import Past
 from selfforcing_ext.checks import FLOAT_DTYPES, check_head_dim, dtype_name
+from selfforcing_ext.integers import check_integer
 from selfforcing_ext.library import PageTable
 from selfforcing_ext.stream import Step, Stream, load_stream
 
@@ -67,8 +68,9 @@ class PagePool:
             ``PagedKVCache``; its streams cannot fork or roll back, nor have staged blocks.
 
     Raises:
-        TypeError: a dtype that is not accepted.
-        ValueError: a number out of range, an unknown quantisation or a key_offset of another shape or without one.
+        TypeError: a dtype that is not accepted, or an argument of another type.
+        ValueError: a number out of range, an unknown quantisation, or a key_offset of another shape, not finite or
+            without one.
     """
 
     def __init__(
@@ -86,8 +88,7 @@ class PagePool:
     ) -> None:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "page_size": page_size, "num_pages": num_pages}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+            check_integer(name, value, least=1)
         check_head_dim("head_dim", head_dim)
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype_name(dtype)}, but must be float32, bfloat16 or float16")
@@ -128,7 +129,7 @@ class PagePool:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds no stream, or one of other layers, heads, channels, dtype or quantisation.
+            ValueError: it holds no stream, or one of other layers, heads, channels, dtype, quantisation or key_offset.
             RuntimeError: the pool has too few free pages. Nothing is changed then.
         """
         return load_stream(self, path)
@@ -149,7 +150,12 @@ class PagePool:
 
     def grow(self, num_pages: int) -> None:
         """Adds pages. Every layer's memory is allocated anew and copied, so graphs captured before are no longer valid;
-        views keep what they read."""
+        views keep what they read.
+
+        Raises:
+            ValueError: ``num_pages`` is below 0.
+        """
+        check_integer("num_pages", num_pages, least=0)
         total = self.num_pages + num_pages
         grown = [self._allocate(total) for _ in range(self.num_layers)]
         for old, new in zip(self.layers, grown, strict=False):
@@ -176,10 +182,12 @@ class PagePool:
             shortage, copies = self.table.advance(steps)
         if shortage:
             needed = sum(-(-(end - start) // self.page_size) for _, _, (start, end), _ in steps)
+            pinned = self.table.stats().pinned
+            held = f", {pinned} pages are held by views and recorded graphs alone: let go of these" if pinned else ""
             raise RuntimeError(
                 f"the pool is exhausted: {len(steps)} streams write {needed} pages, and {shortage} more than the "
-                f"{self.table.num_free_pages} free ones of {self.num_pages} are needed: close streams, or make a pool "
-                "with a larger num_pages"
+                f"{self.table.num_free_pages} free ones of {self.num_pages} are needed{held}; close streams, or make a "
+                "pool with a larger num_pages"
             )
         if copies:
             sources, targets = (list(pages) for pages in zip(*copies, strict=True))
@@ -232,11 +240,16 @@ class PagePool:
         if self.quantization is None:
             raise ValueError("key_offset is given, but quantization is None: only quantised pages have an offset")
         wanted = [self.num_layers, self.num_heads, self.head_dim]
+        if not isinstance(offset, Tensor):
+            raise TypeError(f"key_offset is a {type(offset).__name__}, but must be a torch.Tensor")
         if list(offset.shape) != wanted:
             raise ValueError(
                 f"key_offset has shape {list(offset.shape)}, but must have [num_layers, num_heads, head_dim] = {wanted}"
             )
-        return offset.detach().to(self.device, torch.float32).contiguous()
+        offset = offset.detach().to(self.device, torch.float32).contiguous()
+        if not bool(offset.isfinite().all()):
+            raise ValueError("key_offset has an infinity or NaN, but must be finite")
+        return offset
 
 
 def _alias(layer: LayerPages) -> LayerPages:

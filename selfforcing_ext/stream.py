@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_ext import intervals
-from selfforcing_ext.frames import Frames
+from selfforcing_ext.frames import FrameLists, Frames, frame_lists
+from selfforcing_ext.integers import check_integer
 from selfforcing_ext.intervals import Interval
 from selfforcing_ext.mask import check_window
 
@@ -66,8 +67,7 @@ class Stream:
         least |= {"rollback_frames": (rollback_frames, 0)}
         least |= {"max_frames": (max_frames, 1)} if max_frames is not None else {}
         for name, (value, bound) in least.items():
-            if value < bound:
-                raise ValueError(f"{name} is {value}, but must be at least {bound}")
+            check_integer(name, value, bound)
         check_window(window_frames, sink_frames, frames_per_block=1)
         self.pool = pool
         self.frame_seqlen = frame_seqlen
@@ -77,8 +77,10 @@ class Stream:
         self.rollback_frames = rollback_frames
         self.frames = Frames.none_yet(window_frames, sink_frames, rollback_frames)
         self._set_table_number(pool.table.open())
+        self.rope: str | None = None  # of the batch that wrote its keys
         self._batches: weakref.WeakSet[PagedKVCache] = weakref.WeakSet()  # whose tensors show this stream
         self.writer: weakref.ref[PagedKVCache] | None = None  # the batch that has blocks which are not committed
+        self._owner: weakref.ref[PagedKVCache] | None = None  # the one that has the gradients of its frames
 
     def _set_table_number(self, number: int) -> None:
         self._number = number
@@ -118,15 +120,18 @@ class Stream:
         return fork
 
     def rollback(self, num_frames: int) -> None:
-        """Forgets the newest committed frames, and blocks that are not committed.
+        """Forgets the newest committed frames. Blocks that are not committed are dropped, by the batch that writes them
+        and so for all its streams.
 
         Raises:
+            TypeError: ``num_frames`` is no int.
             ValueError: the stream is closed or has fewer frames, the pool has ``grad_through_cache``, or the next
                 block, as long as the one that was written last, would see frames that were evicted
                 (``rollback_frames`` keeps them). The stream is unchanged then.
         """
         self._check_open()
         self._check_constant("rollback")
+        check_integer("num_frames", num_frames, least=0)
         if not 0 <= num_frames <= self.num_frames:
             raise ValueError(f"num_frames is {num_frames}, but must be in [0, {self.num_frames}], the committed frames")
         frames = self.frames.rolled_back(num_frames)
@@ -139,17 +144,20 @@ class Stream:
         self._drop_blocks()
         self._change(frames)
 
-    def select_frames(self, frames: Sequence[int] | Sequence[Sequence[int]] | None, forget: bool = False) -> None:
+    def select_frames(self, frames: FrameLists | None, forget: bool = False) -> None:
         """Chooses what later blocks see of the frames committed so far: exactly these, in place of sink and window.
         Frames committed after the call are seen as usual, as far as the window reaches.
 
         Args:
-            frames: numbers of committed frames, or one such sequence per K/V head; None: sink and window as usual.
+            frames: numbers of committed frames, or one such sequence per K/V head (lists, tensors or arrays); None:
+                sink and window as usual.
             forget: frames that no head selected are gone for good, and their pages are free.
 
         Raises:
+            TypeError: what is no whole number.
             ValueError: the stream is closed or has a block that is not committed, or frames that are not committed,
-                were evicted or forgotten, or another number of sequences than K/V heads. Nothing is changed then.
+                were evicted or forgotten, or another number of sequences than K/V heads.
+            Nothing is changed then.
         """
         self._check_between_blocks("select_frames")
         if frames is None:
@@ -157,13 +165,7 @@ class Stream:
                 raise ValueError("frames is None, but frames were forgotten: select among those that are left")
             self._change(self.frames.selecting(None, forget=False))
             return
-        per_head = any(not isinstance(frame, int) for frame in frames)
-        lists = cast(Sequence[Sequence[int]], frames) if per_head else [cast(Sequence[int], frames)]
-        if per_head and len(lists) != self.pool.num_heads:
-            raise ValueError(
-                f"frames has {len(lists)} sequences, but must have {self.pool.num_heads}, one per K/V head"
-            )
-        selected = [intervals.of_numbers(numbers) for numbers in lists]
+        selected = [intervals.of_numbers(numbers) for numbers in frame_lists(frames, self.pool.num_heads)]
         for numbers in selected:
             unknown = intervals.subtract(numbers, [(0, self.num_frames)])
             if unknown:
@@ -186,8 +188,11 @@ class Stream:
         tensors = {}
         for layer, name, tensor in _named_tensors(self.pool):
             tensors[f"{layer}.{name}"] = tensor[pages, slots].cpu()
+        if self.pool.key_offset is not None:
+            tensors["key_offset"] = self.pool.key_offset.cpu()
         description = {
             **_shape_of(self.pool),
+            "rope": self.rope,
             "frame_seqlen": self.frame_seqlen,
             "max_frames": self.max_frames,
             "frames": asdict(self.frames),
@@ -199,7 +204,8 @@ class Stream:
         temporary.rename(path)
 
     def close(self) -> None:
-        """Gives its pages back. What views and recorded graphs read stays until they are gone."""
+        """Gives its pages back, and ends the batches that it is in: they drop their blocks that are not committed, and
+        take no more calls. What views and recorded graphs read stays until they are gone."""
         for batch in list(self._batches):
             batch.end()
         self._finalizer()
@@ -211,6 +217,25 @@ class Stream:
         self._check_open()
         if self._writing_batch() not in (None, batch):
             raise ValueError("a stream of the cache is being written by another batch: commit or drop it there")
+
+    def written_by(self, batch: PagedKVCache) -> None:
+        """Remembers that a batch has begun a block of it."""
+        self.writer, self.rope = batch.reference, batch.rope
+        if self.pool.grad_through_cache:
+            self._owner = batch.reference
+
+    def refusal(self, batch: PagedKVCache) -> str | None:
+        """Why a batch can neither read its frames nor write to it, or None."""
+        if self.num_frames == 0:
+            return None
+        if self.rope not in (None, batch.rope):
+            return f"rope is {batch.rope!r}, but the keys of a stream of the cache were written with {self.rope!r}"
+        if self._owner is not None and self._owner() is not batch:
+            return (
+                "a stream of the cache was written by another cache: with grad_through_cache that one alone has the "
+                "gradients of its frames"
+            )
+        return None
 
     def reset(self) -> None:
         """Forgets every frame."""
@@ -270,29 +295,53 @@ def load_stream(pool: PagePool, path: str | os.PathLike[str]) -> Stream:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"path is {path}, which holds no stream: it was not written by Stream.save")
             description = json.loads(metadata["stream"])
-            for name, value in _shape_of(pool).items():
-                if description[name] != value:
-                    raise ValueError(
-                        f"path is {path}, a stream with {name} {description[name]}, but the pool has {value}"
-                    )
+            _check_pool(pool, path, description, file)
             frames = _frames_of(description["frames"])
             geometry = frames.window_frames, frames.sink_frames, description["max_frames"], frames.rollback_frames
             stream = Stream(pool, description["frame_seqlen"], *geometry)
-            stream.frames = frames
+            stream.frames, stream.rope = frames, description["rope"]
             try:
+                stored = _stored_tensors(stream, file)
                 for start, end in intervals.scale(frames.held, stream.frame_seqlen):
                     pool.advance([(stream._number, [(0, start)], (start, end), False)])
-            except RuntimeError:
+            except BaseException:
                 stream.close()
                 raise
             pages, slots = stream.places(frames.held)
             with torch.no_grad():
-                for layer, name, tensor in _named_tensors(pool):
-                    stored = file.get_tensor(f"{layer}.{name}").to(pool.device)
-                    tensor[pages, slots] = stored
-    except SafetensorError as error:
-        raise ValueError(f"path is {path}, which is not a whole safetensors file: {error}") from error
+                for (_, _, tensor), rows in zip(_named_tensors(pool), stored, strict=True):
+                    tensor[pages, slots] = rows.to(pool.device)
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"path is {path}, which is not a whole stream: {error}") from error
     return stream
+
+
+def _check_pool(pool: PagePool, path: str | os.PathLike[str], description: dict[str, Any], file: Any) -> None:
+    """Raises ValueError unless the stream in a file is one for this pool."""
+    for name, value in _shape_of(pool).items():
+        if description[name] != value:
+            raise ValueError(f"path is {path}, a stream with {name} {description[name]}, but the pool has {value}")
+    offset = file.get_tensor("key_offset") if "key_offset" in list(file.keys()) else None
+    if (offset is None) != (pool.key_offset is None):
+        its, pools = ("no" if tensor is None else "a" for tensor in (offset, pool.key_offset))
+        raise ValueError(f"path is {path}, a stream with {its} key_offset, but the pool has {pools} key_offset")
+    if offset is not None and pool.key_offset is not None and not torch.equal(offset, pool.key_offset.cpu()):
+        raise ValueError(f"path is {path}, a stream with another key_offset than the pool's")
+
+
+def _stored_tensors(stream: Stream, file: Any) -> list[Tensor]:
+    """Of the tensors of its pool, the rows of the frames that a stream holds, as a file has them."""
+    num_tokens = intervals.count(stream.frames.held) * stream.frame_seqlen
+    stored = []
+    for layer, name, tensor in _named_tensors(stream.pool):
+        rows = file.get_tensor(f"{layer}.{name}")
+        wanted = num_tokens, *tensor.shape[2:]
+        if rows.shape != wanted or rows.dtype != tensor.dtype:
+            raise KeyError(
+                f"{layer}.{name} is {rows.dtype} {list(rows.shape)} instead of {tensor.dtype} {list(wanted)}"
+            )
+        stored.append(rows)
+    return stored
 
 
 def _frames_of(saved: dict[str, Any]) -> Frames:

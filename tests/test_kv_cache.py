@@ -328,6 +328,14 @@ def bad_calls():
     yield "max_frames read", ("attend", 0, q, k, v), ValueError, "q has 3 frames after 3 committed ones"
     yield "nothing written", ("commit", 1), ValueError, r"num_frames is 1, but layers \[0, 1\] of 2 have not written"
     yield "grad_to", ("write", 0, k, v, (k, v)), ValueError, "grad_to is given, but grad_through_cache is False"
+    yield "layer of another type", ("write", 0.5, k, v), TypeError, "layer is 0.5, but must be an int"
+    yield "block of another type", ("attend", 0, q, k, v, None, 0.0), TypeError, "block is 0.0, but must be an int"
+    yield "drop", ("drop", -1), ValueError, "block is -1, but must be at least 0"
+    yield "commit", ("commit", 3.0), TypeError, "num_frames is 3.0 of type float, but must be an int"
+    yield "reserve nothing", ("reserve", 0), ValueError, "num_frames is 0, but must be at least 1"
+    yield "reserve too much", ("reserve", 7), ValueError, r"window_frames is 7, .* 1 \+ 7"
+    yield "view", ("view", 1), ValueError, r"block is 1, but must be in \[0, 0\]: 0 blocks are written"
+    yield "negative view", ("view", -1), ValueError, r"block is -1, but must be in \[0, 0\]"
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [b[1:] for b in bad_calls()], ids=[b[0] for b in bad_calls()])
@@ -372,6 +380,7 @@ def test_bad_calls_within_a_block_change_nothing():
         ({"page_size": 0}, ValueError, "page_size is 0, but must be at least 1"),
         ({"max_frames": 0}, ValueError, "max_frames is 0, but must be at least 1"),
         ({"sink_frames": -1}, ValueError, "sink_frames is -1, but must be at least 0"),
+        ({"page_size": 2.0}, TypeError, "page_size is 2.0 of type float, but must be an int"),
         ({"head_dim": 12}, ValueError, "head_dim has head dim 12, but must have a multiple of 8 up to 256"),
         ({"window_frames": 1, "sink_frames": 1}, ValueError, "window_frames is 1, but must be at least"),
         ({"dtype": torch.float64}, TypeError, "dtype is float64, but must be float32, bfloat16 or float16"),

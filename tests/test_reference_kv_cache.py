@@ -222,7 +222,7 @@ def test_frames_selected_per_head(rope):
     # Pages stay while one head wants them.
     cache.streams[0].select_frames(chosen, forget=True)
     assert cache.pool.stats().used == 4
-    with pytest.raises(ValueError, match="frames has 1 sequences, but must have one for each of 2"):
+    with pytest.raises(ValueError, match="frames has 1 sequences, but must have 2, one per K/V head"):
         cache.streams[0].select_frames([[0]])
 
 

@@ -125,6 +125,8 @@ class PagedKVCache:
             raise ValueError(
                 f"rope_grid is {rope_grid}, but rows * columns must be frame_seqlen = {first.frame_seqlen}"
             )
+        for stream in streams:
+            stream._check_rope(rope)
         self.streams = list(streams)
         self._first_block = 0  # of those that are not committed, which one a view counts as its block 0
         self.pool = first.pool
@@ -209,6 +211,7 @@ class PagedKVCache:
                 f"{[*k.shape[:2], self.pool.head_dim]} like k"
             )
         for stream in self.streams:
+            stream._check_rope(self.rope)
             stream._check_turn("q", layer, block, num_frames)
         outs = []
         for stream, *own in zip(self.streams, *(x.split(1) for x in (q, k, v)), strict=True):
@@ -281,6 +284,7 @@ class PagedKVCache:
         k, v = cast_to_autocast_dtype(k, v)
         num_frames = self._check_block(layer, k, v)
         for stream in self.streams:
+            stream._check_rope(self.rope)
             stream._check_turn("k", layer, block, num_frames)
         if grad_to is not None and not self.pool.grad_through_cache:
             raise ValueError("grad_to is given, but grad_through_cache is False: the past is constant")
@@ -327,6 +331,7 @@ class PagedKVCache:
         self.pool._take({stream: plan.pages for stream, plan in zip(self.streams, plans, strict=True)})
         for stream, plan in zip(self.streams, plans, strict=True):
             stream._begin_block(block, num_frames, plan)
+            stream._rope = self.rope
 
     def _keep(self, layer: int, block: int, k: Tensor, v: Tensor) -> None:
         for stream, *of_stream in zip(self.streams, k, v, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfforcing_ext.frames import FrameLists, frame_lists
 from selfforcing_ext.mask import check_window, visible_past
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Stream:
         self._selected_before = 0  # frames from this one on are seen as usual
         self._forgot = False  # frames that were not selected
         self._newest_block_frames = 1  # of the block for which frames were evicted
+        self._rope: str | None = None  # of the cache that wrote the keys
         self._pages: Pages = {}
 
     @property
@@ -144,7 +146,7 @@ class Stream:
         self._selected_before = min(self._selected_before, left)
         self._release_pages()
 
-    def select_frames(self, frames: Sequence[int] | Sequence[Sequence[int]] | None, forget: bool = False) -> None:
+    def select_frames(self, frames: FrameLists | None, forget: bool = False) -> None:
         """Chooses which of the frames committed so far later blocks see; later frames are seen as usual.
 
         Args:
@@ -162,10 +164,7 @@ class Stream:
                 raise ValueError("frames is None, but frames are forgotten: choose among those that are left")
             self._selection = None
             return
-        per_head = any(not isinstance(entry, int) for entry in frames)
-        chosen = [sorted(set(of_head)) for of_head in (frames if per_head else [frames])]
-        if per_head and len(chosen) != self.pool.num_heads:
-            raise ValueError(f"frames has {len(chosen)} sequences, but must have one for each of {self.pool.num_heads}")
+        chosen = [sorted(set(of_head)) for of_head in frame_lists(frames, self.pool.num_heads)]
         for frame in set().union(*chosen):
             if frame not in self._frames:
                 why = "was evicted or forgotten" if 0 <= frame < self.num_frames else "is not there"
@@ -190,6 +189,8 @@ class Stream:
         for index, name in enumerate(("k", "v")):
             for frame in frames:
                 tensors[f"{name}.{frame}"] = torch.stack([of_layer[index] for of_layer in self._frames[frame]])
+        if self.pool.key_offset is not None:
+            tensors["key_offset"] = self.pool.key_offset
         state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_STATE)}
         save_file(tensors, path, {"stream": json.dumps(state), "pool": json.dumps(_pool_key(self.pool))})
 
@@ -202,6 +203,11 @@ class Stream:
                     raise ValueError(
                         f"{path} has a stream of {name} {stored}, but the pool has {_pool_key(pool)[name]}"
                     )
+            offset = file.get_tensor("key_offset") if "key_offset" in list(file.keys()) else None
+            if (offset is None) != (pool.key_offset is None) or (
+                offset is not None and not torch.equal(offset, pool.key_offset)
+            ):
+                raise ValueError(f"{path} has a stream of another key_offset than the pool's")
             state = json.loads(metadata["stream"])
             stream = cls(pool, **{name: state[name] for name in _ARGUMENTS})
             for name in _STATE:
@@ -337,6 +343,11 @@ class Stream:
         snapshot._pages = dict(self._pages)
         return snapshot
 
+    def _check_rope(self, rope: str) -> None:
+        """Raises ValueError unless its keys were written by caches with this ``rope``."""
+        if self.num_frames and self._rope not in (None, rope):
+            raise ValueError(f"rope is {rope!r}, but the keys of the stream were written with {self._rope!r}")
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the stream is closed")
@@ -352,7 +363,7 @@ class Stream:
 
 
 _ARGUMENTS = ("window_frames", "sink_frames", "frame_seqlen", "max_frames", "rollback_frames")
-_STATE = ("num_frames", "_selection", "_selected_before", "_forgot", "_newest_block_frames")
+_STATE = ("num_frames", "_selection", "_selected_before", "_forgot", "_newest_block_frames", "_rope")
 
 
 def _pool_key(pool: PagePool) -> dict[str, object]:
