@@ -47,9 +47,10 @@ class CacheGradient:
             raise ValueError(f"block is {block}, but must be 0 with grad_through_cache: staged blocks have no gradient")
         if grad_to is None:
             return
-        if not (isinstance(grad_to, tuple) and len(grad_to) == 2 and all(isinstance(x, Tensor) for x in grad_to)):
-            given_types = ", ".join(type(x).__name__ for x in grad_to) if isinstance(grad_to, tuple) else grad_to
-            raise TypeError(f"grad_to is ({given_types}), but must be a pair of tensors: for k and for v")
+        pair = isinstance(grad_to, tuple | list) and len(grad_to) == 2
+        if not pair or not all(isinstance(target, Tensor) for target in grad_to):
+            what = [type(x).__name__ for x in grad_to] if isinstance(grad_to, tuple | list) else type(grad_to).__name__
+            raise TypeError(f"grad_to is {what}, but must be a pair of tensors: for k and for v")
         for name, given, target in (("k", k, grad_to[0]), ("v", v, grad_to[1])):
             if target.shape != given.shape:
                 raise ValueError(
