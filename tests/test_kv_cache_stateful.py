@@ -60,14 +60,12 @@ class Setup:
     has_offset: bool
     rope: str
 
-    def pool(self, package: ModuleType, dtype: torch.dtype) -> Any:
+    def pool(self, package: ModuleType, dtype: torch.dtype, device: str) -> Any:
         shape = self.num_layers, self.kv_heads, self.head_dim
         offset = None
         if self.has_offset and self.quantization is not None:
             offset = torch.linspace(-2, 2, self.num_layers * self.kv_heads * self.head_dim).reshape(shape)
-        return package.PagePool(
-            self.num_pages, self.page_size, *shape, dtype, quantization=self.quantization, key_offset=offset
-        )
+        return package.PagePool(self.num_pages, self.page_size, *shape, dtype, device, self.quantization, offset)
 
     def batch(self, package: ModuleType, streams: list[Any]) -> Any:
         grid = (1, self.frame_seqlen) if self.rope == "on_read" else None
@@ -140,11 +138,14 @@ class Lives(RuleBasedStateMachine):
     """Streams that are opened, written, forked, cut and closed, alone and in batches."""
 
     package: ModuleType
+    device = "cpu"  # of what is tested
 
     @initialize(setup=SETUPS, videos=st.lists(VIDEOS, min_size=1, max_size=3))
     def make_pool(self, setup: Setup, videos: list[Video]) -> None:
         self.setup = setup
-        self.pool = Pair(setup.pool(self.package, setup.dtype), setup.pool(reference, torch.float64))
+        self.pool = Pair(
+            setup.pool(self.package, setup.dtype, self.device), setup.pool(reference, torch.float64, "cpu")
+        )
         self.streams: list[Pair] = []
         self.batches: list[Batch] = []
         self.views: list[Batch] = []
@@ -330,7 +331,9 @@ class Lives(RuleBasedStateMachine):
         one = self._pick([batch for batch in self.batches if self._is_free(batch)], batch)
         num_frames, block = min(num_frames, self._longest_block(one)), len(one.blocks)
         drawn = self._draw(one, num_frames)
-        inputs = [[x.to(dtype).requires_grad_() for x in drawn] for dtype in (self.setup.dtype, torch.float64)]
+        inputs = [[x.to(self.device) for x in drawn], [x.double() for x in drawn]]
+        for x in (*inputs[0], *inputs[1]):
+            x.requires_grad_()
         outs = self._outcomes(
             lambda: one.tested.attend(0, *inputs[0], block=block), lambda: one.exact.attend(0, *inputs[1], block=block)
         )
@@ -345,12 +348,13 @@ class Lives(RuleBasedStateMachine):
         self.recorded.remove(one)
         grad = torch.randn(one.outs[0].shape, generator=self.generator).to(self.setup.dtype)
         grads = [
-            torch.autograd.grad(out, inputs, grad.to(out.dtype))
-            for out, inputs in zip(one.outs, one.inputs, strict=True)
+            torch.autograd.grad(out, inputs, grad.to(out)) for out, inputs in zip(one.outs, one.inputs, strict=True)
         ]
         tolerance = 4 * TOLERANCE[self.setup.dtype]
         # A block of one token without past has a gradient of 0, which rounding hides: sizes of all three are compared.
-        assert_close(*(torch.cat([x.double().flatten() for x in of_side]) for of_side in grads), tolerance, "gradients")
+        assert_close(
+            *(torch.cat([x.double().cpu().flatten() for x in of_side]) for of_side in grads), tolerance, "gradients"
+        )
 
     # ---- What must hold
 
@@ -460,7 +464,7 @@ class Lives(RuleBasedStateMachine):
         layer, qkv = self.setup.num_layers - 1, self._draw(batch, num_frames)
         options = {"block": block} if block else {}
         outs = self._outcomes(
-            lambda: batch.tested.attend(layer, *qkv, **options),
+            lambda: batch.tested.attend(layer, *(x.to(self.device) for x in qkv), **options).cpu(),
             lambda: batch.exact.attend(layer, *(x.double() for x in qkv), **options),
         )
         if outs is not None:
@@ -476,9 +480,10 @@ class Lives(RuleBasedStateMachine):
         self, pair: Pair, name: str, arguments: tuple[Any, ...], options: dict[str, Any] | None = None
     ) -> bool:
         """A call of both for what it does; the reference gets tensors in float64. Whether it was done."""
+        tested = [x.to(self.device) if isinstance(x, Tensor) else x for x in arguments]
         exact = [x.double() if isinstance(x, Tensor) else x for x in arguments]
         results = self._outcomes(
-            lambda: getattr(pair.tested, name)(*arguments, **(options or {})),
+            lambda: getattr(pair.tested, name)(*tested, **(options or {})),
             lambda: getattr(pair.exact, name)(*exact, **(options or {})),
         )
         return results is not None
@@ -506,6 +511,10 @@ class ExtensionLives(Lives):
     package = extension
 
 
+class GpuLives(ExtensionLives):
+    device = "cuda"
+
+
 def live(machine: type[Lives], **options: Any) -> None:
     """As many lives as the Hypothesis profile says, or ``options``."""
     suppressed = HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much
@@ -516,6 +525,12 @@ def live(machine: type[Lives], **options: Any) -> None:
 
 def test_the_cache_is_lists_of_frames():
     live(ExtensionLives)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_cache_on_a_gpu_is_lists_of_frames():
+    live(GpuLives, max_examples=20)
 
 
 def test_the_reference_in_float32_is_the_reference_in_float64():
