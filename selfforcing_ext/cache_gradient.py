@@ -37,8 +37,8 @@ class CacheGradient:
     def forget(self) -> None:
         """Starts again: what is recorded stays valid, what comes does not depend on it."""
         self.links: list[Tensor | None] = [None] * self._pool.num_layers
-        # Recorded writes by layer and page; pages without one want no gradient.
-        self.writes = np.zeros((self._pool.num_layers, self._pool.num_pages), dtype=np.int32)
+        # By layer and page: whether a write to the page was recorded. Others want no gradient.
+        self.recorded = np.zeros((self._pool.num_layers, self._pool.num_pages), dtype=bool)
         self._sums = [_Sums(self._pool) for _ in range(self._pool.num_layers)]
 
     def check_write(self, k: Tensor, v: Tensor, grad_to: tuple[Tensor, Tensor] | None, block: int) -> None:
@@ -64,18 +64,25 @@ class CacheGradient:
     def record(self, layer: int, k: Tensor, v: Tensor, grad_to: tuple[Tensor, Tensor] | None, places: Places) -> None:
         """A layer has written its block to these places."""
         pages, slots = places
-        if self.writes.shape[1] < self._pool.num_pages:
-            more = self._pool.num_pages - self.writes.shape[1]
-            self.writes = np.pad(self.writes, ((0, 0), (0, more)))
+        if self.recorded.shape[1] < self._pool.num_pages:
+            more = self._pool.num_pages - self.recorded.shape[1]
+            self.recorded = np.pad(self.recorded, ((0, 0), (0, more)))
+        recorded = self.recorded[layer]
         # Of a page that begins with this block, what was recorded before is of tokens that are gone.
-        self.writes[layer, pages[slots == 0]] = 0
+        recorded[pages[slots == 0]] = False
+        touched = np.unique(pages)
         targets = (k, v) if grad_to is None else grad_to
         # With grad_to the values come from a pass without gradient, and yet have one.
-        with torch.set_grad_enabled(grad_to is not None or torch.is_grad_enabled()):
-            if not torch.is_grad_enabled() or not any(target.requires_grad for target in targets):
+        wanted = (grad_to is not None or torch.is_grad_enabled()) and any(target.requires_grad for target in targets)
+        if not wanted:
+            if not recorded[touched].any():
                 return
-            self.writes[layer, np.unique(pages)] += 1
-            self.links[layer] = _Write.apply(*targets, self.links[layer], self._sums[layer], places)  # type: ignore[no-untyped-call]
+            # A write that it replaces must not get the gradient of what stands there now.
+            targets = targets[0].detach(), targets[1].detach()
+        opened = touched[~recorded[touched]] if wanted else touched[:0]
+        recorded[opened] = True
+        with torch.enable_grad():
+            self.links[layer] = _Write.apply(*targets, self.links[layer], self._sums[layer], places, opened)  # type: ignore[no-untyped-call]
 
 
 class PastGradient:
@@ -92,8 +99,12 @@ class PastGradient:
     ) -> None:
         self._links = list(gradient.links)
         self._sums = list(gradient._sums)
-        self._writes = gradient.writes
-        self._rows, self._spans, self._page_size = rows, spans, page_size
+        self._pages = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)  # [B, T]
+        for padded, row in zip(self._pages, rows, strict=True):
+            padded[: len(row)] = row
+        # As it is now: later writes to these pages have a newer link.
+        self._recorded = (self._pages >= 0) & gradient.recorded[:, self._pages]  # [layers, B, T]
+        self._spans, self._page_size = spans, page_size
 
     def attend(
         self,
@@ -111,42 +122,51 @@ class PastGradient:
         if link is None or not torch.is_grad_enabled():
             return attention_over_spans(q, k, v, table, past, softmax_scale)[0]
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        pages = self._pages_with_gradient(layer, past.page_table.shape, length)
-        out: Tensor = _Attend.apply(q, k, v, link, table, past, scale, self._sums[layer], pages, self._writes[layer])  # type: ignore[no-untyped-call]
+        pages = self._pages_with_gradient(layer, past.page_table.shape[1], length)
+        out: Tensor = _Attend.apply(q, k, v, link, table, past, scale, self._sums[layer], pages)  # type: ignore[no-untyped-call]
         return out
 
-    def _pages_with_gradient(self, layer: int, shape: Sequence[int], length: int) -> NDArray[np.int64]:
-        """The page table [B, T] with -1 where no head sees anything that was recorded."""
-        result = np.full(shape, -1, dtype=np.int64)
-        for row, of_stream, spans in zip(result, self._rows, self._spans[length], strict=True):
-            for start, end in spans[..., :2].reshape(-1, 2).tolist():
-                seen = slice(start // self._page_size, -(-end // self._page_size) if end > start else 0)
-                row[seen] = of_stream[seen]
-        wanted = (result >= 0) & (self._writes[layer, result] > 0)
-        return np.where(wanted, result, -1)
+    def _pages_with_gradient(self, layer: int, width: int, length: int) -> NDArray[np.int64]:
+        """The page table [B, width] with -1 where no head sees anything that was recorded."""
+        starts, ends = self._spans[length, ..., 0, None], self._spans[length, ..., 1, None]  # [B, G, S, 1]
+        first_token = np.arange(self._pages.shape[1]) * self._page_size
+        seen = (first_token < ends) & (first_token + self._page_size > starts) & (starts < ends)
+        result = np.full((len(self._pages), width), -1, dtype=np.int64)
+        here = result[:, : self._pages.shape[1]]
+        np.copyto(here, self._pages, where=self._recorded[layer] & seen.any((1, 2)))
+        return result
 
 
 class _Sums:
-    """Pages of gradients of one layer, while backward runs: float32 [P', page_size, H_kv, D] for k and v."""
+    """Pages of gradients of one layer, while backward runs: float32 [P', page_size, H_kv, D] for k and v.
+
+    A page is there from the backward of the last attend that read it to the backward of the first write that was
+    recorded for it, its opening write: attends before that one saw nothing of it.
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._task = -1
+        self._clear()
 
-    def _start(self) -> None:
-        """Forgets what a backward has left that did not come to its end."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task = task
+    def _clear(self) -> None:
         pool = self._pool
         empty = torch.empty(0, pool.page_size, pool.num_heads, pool.head_dim, device=pool.device)
         self.k_pages, self.v_pages = empty, empty.clone()
         self._slot = np.full(pool.num_pages, -1, dtype=np.int64)  # by page of the pool
-        self._writes_left = np.zeros(pool.num_pages, dtype=np.int32)
         self._free: list[int] = []
 
-    def table_of(self, pages: NDArray[np.int64], writes: NDArray[np.int32]) -> Tensor:
+    def _start(self) -> None:
+        """Starts with nothing in every backward and gives back at its end what is left: the pages, and sums that an
+        opening write does not take where only some gradients are asked for."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        self._clear()  # a backward that failed has no end
+        torch.autograd.Variable._execution_engine.queue_callback(self._clear)
+
+    def table_of(self, pages: NDArray[np.int64]) -> Tensor:
         """Where the gradients of these pages [B, T] are summed, int32 [B, T]; makes those that are not there yet."""
         self._start()
         wanted = np.unique(pages[pages >= 0])
@@ -162,18 +182,15 @@ class _Sums:
         if len(fresh):
             slots = [self._free.pop() for _ in range(len(fresh))]
             self._slot[fresh] = slots
-            self._writes_left[fresh] = writes[fresh]
             for tensor in (self.k_pages, self.v_pages):
                 tensor[slots] = 0
         return torch.from_numpy(np.where(pages >= 0, self._slot[pages], -1).astype(np.int32)).to(self._pool.device)
 
-    def take(self, places: Places) -> tuple[Tensor, Tensor] | None:
-        """The sums of a write's tokens [B, L, H_kv, D]; pages whose writes have all come are free then."""
+    def take(self, places: Places, opened: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
+        """The sums of a write's tokens [B, L, H_kv, D]; the pages that it opened are free then."""
         self._start()
         pages, slots = places
-        touched = np.unique(pages)
-        touched = touched[self._slot[touched] >= 0]
-        if not len(touched):
+        if (self._slot[pages] < 0).all():
             return None
         of_page = torch.from_numpy(self._slot[pages]).to(self._pool.device)
         at = torch.from_numpy(slots).to(self._pool.device)
@@ -181,27 +198,31 @@ class _Sums:
         k, v = (torch.where(there, tensor[of_page, at], 0) for tensor in (self.k_pages, self.v_pages))
         for tensor in (self.k_pages, self.v_pages):
             tensor[of_page[there[..., 0, 0]], at[there[..., 0, 0]]] = 0  # a write before may have had the same places
-        self._writes_left[touched] -= 1
-        done = touched[self._writes_left[touched] == 0]
+        done = opened[self._slot[opened] >= 0]
         self._free += self._slot[done].tolist()
         self._slot[done] = -1
-        if len(self._free) == self.k_pages.shape[0]:
-            self._task = -1  # nothing is left: the next one starts with no memory
-            self.k_pages = self.v_pages = self.k_pages[:0].clone()
         return k, v
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, link: Tensor | None, sums: _Sums, places: Places) -> Tensor:
-        ctx.sums, ctx.places, ctx.dtypes = sums, places, (k.dtype, v.dtype)
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        v: Tensor,
+        link: Tensor | None,
+        sums: _Sums,
+        places: Places,
+        opened: NDArray[np.int64],
+    ) -> Tensor:
+        ctx.sums, ctx.places, ctx.opened, ctx.dtypes = sums, places, opened, (k.dtype, v.dtype)
         return k.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_link: Tensor) -> tuple[Any, ...]:
-        taken = ctx.sums.take(ctx.places)
+        taken = ctx.sums.take(ctx.places, ctx.opened)
         grads = (None, None) if taken is None else tuple(g.to(d) for g, d in zip(taken, ctx.dtypes, strict=True))
-        return (*grads, grad_link if ctx.needs_input_grad[2] else None, None, None)
+        return (*grads, grad_link if ctx.needs_input_grad[2] else None, *(None,) * 3)
 
 
 class _Attend(torch.autograd.Function):
@@ -217,20 +238,19 @@ class _Attend(torch.autograd.Function):
         scale: float,
         sums: _Sums,
         pages: NDArray[np.int64],
-        writes: NDArray[np.int32],
     ) -> Tensor:
         *tensors, rope_grid = past
         geometry = (*table.tensors(), *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = ops.attention(q, k, v, *geometry, rope_grid, scale)
         ctx.save_for_backward(q, k, v, out, lse, *geometry)
-        ctx.rope_grid, ctx.scale, ctx.sums, ctx.pages, ctx.writes = rope_grid, scale, sums, pages, writes
+        ctx.rope_grid, ctx.scale, ctx.sums, ctx.pages = rope_grid, scale, sums, pages
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, *geometry = ctx.saved_tensors
-        table = ctx.sums.table_of(ctx.pages, ctx.writes)
+        table = ctx.sums.table_of(ctx.pages)
         with torch._C._AutoDispatchBelowAutograd():
             grads = ops.attention_backward_through_past(
                 grad_out,
@@ -247,4 +267,4 @@ class _Attend(torch.autograd.Function):
                 ctx.sums.v_pages,
                 table,
             )
-        return (*grads, lse.new_zeros(()), *(None,) * 6)
+        return (*grads, lse.new_zeros(()), *(None,) * 5)
