@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from python_ref.command_line import add_overrides, exit_status
 from python_ref.config import Config, load_config
 from python_ref.data.prompts import evaluation_prompts
 from python_ref.evaluate import generate_set, load_for_generation, write_results
@@ -117,19 +118,18 @@ def report(output: Path, results: dict[str, Measures], facts: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.demo", description=__doc__)
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_overrides(parser)
     parsed = parser.parse_args(arguments)
-    try:
+
+    def demo() -> None:
         config = load_config(parsed.config, parsed.overrides)
         if config.data.source != "moving_digits":
             raise ValueError(f"data.source is {config.data.source!r}; accepted by the demo: 'moving_digits'")
         # The second stage starts where the first one ended, wherever the output goes.
         config.self_forcing.init = str(Path(config.output) / "causal.safetensors")
         run_demo(config)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(demo)
 
 
 if __name__ == "__main__":

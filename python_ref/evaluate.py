@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from python_ref.command_line import add_computing_options, add_window, exit_status
 from python_ref.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from python_ref.data.moving_digits import MovingDigitsConfig
 from python_ref.data.prompts import evaluation_prompts
@@ -70,20 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-frames", type=int, default=defaults["num_frames"])
     parser.add_argument("--batch-size", type=int, default=defaults["batch_size"])
     parser.add_argument("--seed", type=int, default=defaults["seed"])
-    parser.add_argument("--window-frames", type=int, help="instead of the window the model was trained with")
-    parser.add_argument("--sink-frames", type=int, help="instead of the sink the model was trained with")
+    add_window(parser)
     parser.add_argument("--digit-size", type=int, default=MovingDigitsConfig.digit_size, help="pixels, of the data")
     parser.add_argument("--output", default="outputs/evaluation")
-    parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    add_computing_options(parser)
     parsed = parser.parse_args(arguments)
-    try:
-        evaluate(parsed)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: evaluate(parsed))
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ Every prompt becomes a GIF and an MP4; a contact sheet shows all frames of all p
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from python_ref.command_line import add_computing_options, add_prompts, add_window, exit_status, file_stem
 from python_ref.config import TeacherConfig
 from python_ref.data.prompts import read_prompts
 from python_ref.data.video_files import read_video
@@ -25,11 +25,9 @@ from python_ref.video_output import write_contact_sheet, write_gif, write_mp4
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.generate", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="weights file written by training")
-    parser.add_argument("--prompt", action="append", default=[], help='such as "a 3 moving left"; may be repeated')
-    parser.add_argument("--prompts-file", help="text file with one prompt a line")
+    add_prompts(parser, "a 3 moving left")
     parser.add_argument("--num-frames", type=int, help="a multiple of the block; may exceed the training length")
-    parser.add_argument("--window-frames", type=int, help="frames that stay visible, the block and the sink included")
-    parser.add_argument("--sink-frames", type=int, help="first frames that stay visible for ever")
+    add_window(parser)
     parser.add_argument("--denoising-steps", type=int, nargs="+", help="falling timesteps such as 1000 750 500 250")
     parser.add_argument("--continue-video", help="a video or an image whose first frames every video goes on from")
     parser.add_argument("--given-frames", type=int, default=1, help="how many of them")
@@ -37,17 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="outputs/generate")
     parser.add_argument("--fps", type=float, default=8)
     parser.add_argument("--scale", type=int, default=8, help="pixels per pixel")
-    parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    add_computing_options(parser)
     parsed = parser.parse_args(arguments)
-    try:
-        for path in generate(parsed):
-            print(path)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(*generate(parsed), sep="\n"))
 
 
 def generate(options: argparse.Namespace) -> list[Path]:
@@ -81,7 +71,7 @@ def generate(options: argparse.Namespace) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
-        name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')}"
+        name = file_stem(number, prompt)
         written += [folder / f"{name}.gif", folder / f"{name}.mp4"]
         write_gif(written[-2], video, options.fps, options.scale)
         write_mp4(written[-1], video, options.fps, options.scale)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from python_ref.checkpoint import save_weights
+from python_ref.command_line import add_computing_options, exit_status
 from python_ref.config import load_config
 from python_ref.data.prompts import read_prompts
 from python_ref.data.shards import is_written
@@ -42,20 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--shard-size", type=int, default=128, help="pairs per file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    add_computing_options(parser)
     parsed = parser.parse_args(arguments)
-    try:
-        for path in make_pairs(parsed):
-            print(path)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the next shard", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: print(*make_pairs(parsed), sep="\n"), if_interrupted="the same command goes on with the next shard"
+    )
 
 
 def make_pairs(options: argparse.Namespace) -> list[Path]:

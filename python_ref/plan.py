@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from python_ref.command_line import add_overrides, exit_status
 from python_ref.config import Config, load_config
 from python_ref.costs import WIDE, Flops, activation_bytes, count_parameters, forward_flops, text_flops
 from python_ref.data.source import video_shape
@@ -327,20 +328,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="GPUs that share the run")
     parser.add_argument("--teacher", choices=NAMES, help="sizes of the teacher; left out: those of the configuration")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is assumed, 0 to 1")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_overrides(parser)
     parsed = parser.parse_args(arguments)
-    try:
+
+    def plan() -> None:
         if not 0 < parsed.utilisation <= 1:
             raise ValueError(f"utilisation is {parsed.utilisation}; accepted: above 0, at most 1")
         config = load_config(parsed.config, parsed.overrides)
         channels, frame_shape = video_shape(config.data)[1:]
         teacher = wan_config(model_config(parsed.teacher), channels, frame_shape) if parsed.teacher else None
-        plan = make_plan(config, parsed.processes, teacher)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_plan(config, plan, parsed.processes, parsed.utilisation)
-    return 0
+        print_plan(config, make_plan(config, parsed.processes, teacher), parsed.processes, parsed.utilisation)
+
+    return exit_status(plan)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 
 from python_ref import make_ode_pairs
 from python_ref.checkpoint import Checkpointer
+from python_ref.command_line import add_overrides, exit_status
 from python_ref.comparison import VARIANTS, FinishedRun, folder_name, write_report
 from python_ref.config import Config, RolloutConfig, load_config
 from python_ref.data.source import open_source, video_shape
@@ -214,18 +215,12 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.reproduce", description=__doc__)
     parser.add_argument("--config", default="configs/reproduce.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_overrides(parser)
     parsed = parser.parse_args(arguments)
-    try:
-        report = reproduce(Reproduction(parsed.config, tuple(parsed.overrides)))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    print(f"written: {report}")
-    return 0
+    return exit_status(
+        lambda: print(f"written: {reproduce(Reproduction(parsed.config, tuple(parsed.overrides)))}"),
+        if_interrupted="the same command goes on",
+    )
 
 
 if __name__ == "__main__":

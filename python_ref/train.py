@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from python_ref.command_line import add_overrides, exit_status
 from python_ref.config import Config, load_config
 from python_ref.data.source import TrainingSource, open_source
 from python_ref.distributed import batch_share
@@ -41,21 +42,17 @@ def train(config: Config) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file such as configs/teacher.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_overrides(parser)
     parsed = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         config = load_config(parsed.config, parsed.overrides)
         with process_group(config.device):
             weights = train(config)
             if is_first_process():
                 print(f"weights: {weights}")
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command with resume=true goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(run, if_interrupted="the same command with resume=true goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

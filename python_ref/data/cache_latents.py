@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from python_ref.checkpoint import save_weights
+from python_ref.command_line import exit_status
 from python_ref.data.latents import UNCOND_FILE
 from python_ref.data.prompts import read_prompts
 from python_ref.data.shards import is_written, read_settings
@@ -47,16 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the encoders run")
     parser.add_argument("--threads", type=int, default=2)
     parsed = parser.parse_args(arguments)
-    try:
-        count = cache(parsed)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the next shard", file=sys.stderr)
-        return 130
-    print(f"{count} captions in {parsed.output}")
-    return 0
+    return exit_status(
+        lambda: print(f"{cache(parsed)} captions in {parsed.output}"),
+        if_interrupted="the same command goes on with the next shard",
+    )
 
 
 def cache(options: argparse.Namespace) -> int:

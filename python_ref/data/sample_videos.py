@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from python_ref.command_line import exit_status
+
 CAPTIONS = {"carphone_pristine.mp4": "a man talks in a car", "bigbuckbunny.mp4": "a rabbit leaves its burrow"}
 
 
@@ -30,13 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.data.sample_videos", description=__doc__)
     parser.add_argument("folder", type=Path)
     parsed = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         copy_sample_videos(parsed.folder)
-    except (ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"written: {', '.join(CAPTIONS)} in {parsed.folder}")
-    return 0
+        print(f"written: {', '.join(CAPTIONS)} in {parsed.folder}")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

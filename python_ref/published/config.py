@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from python_ref.command_line import exit_status
 from python_ref.config import load_config
 from python_ref.published.sizes import model_config
 
@@ -269,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", help="published YAML files, each over those before it")
     parser.add_argument("--output", required=True, help="configuration file of ours to write")
     parsed = parser.parse_args(arguments)
-    try:
+
+    def write() -> None:
         for file in parsed.files:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"config file {file} does not exist")
@@ -280,12 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checked.write_text(translation.to_yaml(), encoding="utf-8")
         load_config(checked)
         checked.rename(output)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(translation.report())
-    print(f"written: {parsed.output}")
-    return 0
+        print(translation.report())
+        print(f"written: {parsed.output}")
+
+    return exit_status(write)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from python_ref.command_line import exit_status
 from python_ref.config import load_config
 from python_ref.data.source import video_shape
 from python_ref.models.captioned import CaptionedModel
@@ -25,13 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--generator", action="store_true", help="a causal model, to be rolled out as configured")
     parser.add_argument("--output", required=True)
     parsed = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         convert(parsed)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(parsed.output)
-    return 0
+        print(parsed.output)
+
+    return exit_status(run)
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ diffusers pipeline. Each prompt becomes an MP4.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from python_ref.checkpoint import load_weights
+from python_ref.command_line import add_computing_options, add_prompts, add_window, exit_status, file_stem
 from python_ref.config import RolloutConfig
 from python_ref.data.prompts import read_prompts
 from python_ref.generation import generate_causal
@@ -28,26 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_ref.published.generate", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="file of python_ref.published.convert --generator")
     parser.add_argument("--model", required=True, help="folder with text_encoder/, tokenizer/ and vae/")
-    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    parser.add_argument("--prompts-file", help="text file with one prompt a line")
+    add_prompts(parser, "a lighthouse in a storm")
     parser.add_argument("--num-frames", type=int, help="latent frames, a multiple of the block; any length")
-    parser.add_argument("--window-frames", type=int, help="latent frames that stay visible")
-    parser.add_argument("--sink-frames", type=int, help="first latent frames that stay visible for ever")
+    add_window(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="outputs/generate")
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--backend", default="ext", choices=("ext", "reference"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    add_computing_options(parser)
     parsed = parser.parse_args(arguments)
-    try:
-        for path in generate(parsed):
-            print(path)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(*generate(parsed), sep="\n"))
 
 
 def generate(options: argparse.Namespace) -> list[Path]:
@@ -75,8 +65,7 @@ def generate(options: argparse.Namespace) -> list[Path]:
     for number, prompt in enumerate(prompts):  # one at a time: a video of real size fills the memory
         generator = derived_generator(options.seed, "generate", number)
         latents = generate_causal(network, [prompt], frames, rollout, generator, options.precision)
-        name = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
-        written.append(folder / f"{number:03d}_{name}.mp4")
+        written.append(folder / f"{file_stem(number, prompt)}.mp4")
         write_mp4(written[-1], vae.decode(latents)[0], options.fps, scale=1)
     return written
 
