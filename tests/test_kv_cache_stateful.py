@@ -510,6 +510,29 @@ class ReferenceLives(Lives):
 class ExtensionLives(Lives):
     package = extension
 
+    @precondition(lambda self: self.batches)
+    @rule(
+        batch=SMALL,
+        name=st.sampled_from(("drop", "commit", "reserve", "view", "attend", "write", "rollback", "select")),
+    )
+    def misuse(self, batch: int, name: str) -> None:
+        """What nobody can do is refused, and changes nothing: the reference does not even hear of it."""
+        one = self._pick(self.batches, batch)
+        cache, beyond = one.tested, len(one.blocks) + 1
+        q, k, v = (x.to(self.device) for x in self._draw(one, 1))
+        calls = {
+            "drop": lambda: cache.drop(-1),
+            "commit": lambda: cache.commit(one.blocks[0] + 1 if one.blocks else 1),
+            "reserve": lambda: cache.reserve(0),
+            "view": lambda: cache.view(beyond),
+            "attend": lambda: cache.attend(0, q, k, v, block=beyond),
+            "write": lambda: cache.write(self.setup.num_layers, k, v),
+            "rollback": lambda: cache.streams[0].rollback(cache.streams[0].num_frames + 1),
+            "select": lambda: cache.streams[0].select_frames([cache.streams[0].num_frames]),
+        }
+        with pytest.raises(ValueError, match=r"but|called"):
+            calls[name]()
+
 
 class GpuLives(ExtensionLives):
     device = "cuda"
