@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from timing import median_times
 
 from python_ref.models.wan import CausalWanModel
 from python_ref.models.wan_layers import WanConfig
@@ -101,18 +101,6 @@ PARTS: dict[str, Callable[[Stream], Callable[[], object]]] = {
     "step": lambda stream: lambda: stream.step(stream.noise, 0),
     "block": lambda stream: stream.block,
 }
-
-
-def median_times(functions: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds of each function, called in turns."""
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or time.perf_counter() < end:
-        for function, measured in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            measured.append(time.perf_counter() - start)
-    return [statistics.median(measured) for measured in times]
 
 
 KINDS = {"aten::addmm": "linear", "aten::mm": "linear", "selfforcing::attention": "attention"}

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from timing import median_times
 
 import selfforcing_ext as ours
 from python_ref.ops import denoise, modulate, rope
@@ -135,25 +135,6 @@ def _x0(step: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Tens
     return lambda flow, x_t, sigma: step(flow, x_t, sigma)[0]
 
 
-def in_turns(functions: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds per call of each. A sample is as many calls as make a millisecond: clocks do not matter."""
-    calls = []
-    for function in functions:
-        function()
-        start = time.perf_counter()
-        function()
-        calls.append(max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7))))
-    samples: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[0]) < 5:
-        for function, count, times in zip(functions, calls, samples, strict=True):
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            times.append((time.perf_counter() - start) / count)
-    return [statistics.median(times) for times in samples]
-
-
 def nbytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
@@ -189,7 +170,7 @@ def report(name: str, mine: Callable[[], object], eager: Callable[[], object], m
     target = torch.empty_like(source)
     with BytesMoved() as eager_moved:
         eager()
-    time_mine, time_eager, time_copy = in_turns([mine, eager, lambda: target.copy_(source)], seconds)
+    time_mine, time_eager, time_copy = median_times([mine, eager, lambda: target.copy_(source)], seconds)
     times = f"{time_mine * 1e6:9.1f} {time_eager * 1e6:9.1f} {time_eager / time_mine:7.2f}"
     speed = f"{moved / time_mine / 1e9:8.1f} {time_copy / time_mine:8.2f}"
     print(f"{name:44s} {times} {eager_moved.count / moved:7.2f} {speed}", flush=True)

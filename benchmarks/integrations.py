@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from timing import median_times
 from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
@@ -30,14 +29,7 @@ def report(name: str, seconds: float, host: Callable[[], list[Tensor]], **ours: 
     """A row for each of ours against the host; each function runs once and returns its results."""
     functions = {"host": host} | ours
     results = {key: function() for key, function in functions.items()}
-    times: dict[str, list[float]] = {key: [] for key in functions}
-    end = time.perf_counter() + seconds
-    while len(times["host"]) < 3 or time.perf_counter() < end:
-        for key, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(measured) for key, measured in times.items()}
+    medians = dict(zip(functions, median_times(list(functions.values()), seconds), strict=True))
     for key in ours:
         error = max(
             float((mine.double() - theirs.double()).norm() / theirs.double().norm())

@@ -24,10 +24,7 @@ All of a row run in turns in one process; times are medians.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +34,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from timing import median_times
 
 from selfforcing_ext import PagedKVCache, PagePool, block_causal_attention, qk_norm_rope
 
@@ -88,20 +87,6 @@ class ShiftingCache:
         for window, block in zip(self.layers[layer], (k, v), strict=True):
             window[:, self.sink : -new] = window[:, self.sink + new :].clone()
             window[:, -new:] = block
-
-
-def median_times(functions: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds of each function, called in turns."""
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or time.perf_counter() < end:
-        for function, measured in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            measured.append(time.perf_counter() - start)
-    return [statistics.median(measured) for measured in times]
 
 
 def make_cache(size: Size, dtype: torch.dtype, page_size: int | None, **options: Any) -> PagedKVCache:

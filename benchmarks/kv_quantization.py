@@ -24,8 +24,7 @@ import argparse
 import functools
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from timing import median_times
 
 from python_ref.config import EvaluationConfig, RolloutConfig
 from python_ref.data.moving_digits import MovingDigits, MovingDigitsConfig
@@ -276,18 +277,6 @@ def write_rows(name: str, size: Size, dtype: torch.dtype, seconds: float) -> Ite
             f"{copy / ours:.2f}",
             f"{definition / ours:.1f}",
         ]
-
-
-def median_times(functions: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds of each function, called in turns."""
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or time.perf_counter() < end:
-        for function, measured in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            measured.append(time.perf_counter() - start)
-    return [statistics.median(measured) for measured in times]
 
 
 def write_table(seconds: float) -> None:
