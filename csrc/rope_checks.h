@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "kernel_call.h"
 #include "rope/params.h"
 
 namespace selfforcing {
@@ -24,6 +24,7 @@ inline void fill_rope_params(RopeParams& p, const Tensor& x, const char* name, i
                 columns = size_int32(grid[2], "grid[2]");
   check(num_tokens == frames * rows * columns, name, " has ", num_tokens, " tokens, but grid [", frames, ", ", rows,
         ", ", columns, "] has ", frames * rows * columns);
+  size_int32(num_tokens, "L");
   p.batch = size_int32(x.size(0), "B");
   check(start_frame.dim() == 1 && (start_frame.size(0) == 1 || start_frame.size(0) == p.batch),
         "start_frame has shape ", shape_text(start_frame), ", but must be [1] or [B] = [", p.batch, "]");
@@ -35,6 +36,17 @@ inline void fill_rope_params(RopeParams& p, const Tensor& x, const char* name, i
   p.start_frame = start_frame.const_data_ptr<int32_t>();
   p.num_starts = static_cast<int32_t>(start_frame.size(0));
   size_int32(p.num_starts * frames, "the number of all streams' frames");
+}
+
+// The memory that the kernels need for cosines and sines: a table on the CPU, none on the GPU.
+inline std::optional<Tensor> new_rope_table([[maybe_unused]] RopeParams& p, [[maybe_unused]] const Tensor& x) {
+#ifdef SELFFORCING_WITH_CUDA
+  return std::nullopt;
+#else
+  Tensor table = empty_floats<1>({rope_table_floats_cpu(p)}, x);
+  p.table = table.mutable_data_ptr<float>();
+  return table;
+#endif
 }
 
 inline void check_norm_weight(const Tensor& weight, const char* name, int64_t channels, const Tensor& x,

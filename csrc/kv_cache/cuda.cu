@@ -109,9 +109,12 @@ int32_t copy(const KVCacheWriteParams& params) {
 
 // ---- Quantised
 
+// Of a multiprocessor: 48 registers for each thread, where the compiler would rather spill than use more than 40.
+constexpr int kQuantiseBlocks = 5;
+
 // Grid: x tokens and heads, y streams, z keys and values.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kQuantiseBlocks)
     kv_cache_quantise_kernel(const KVCacheWriteParams params, int lanes, bool wide) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + static_cast<int>(threadIdx.x) / lanes;

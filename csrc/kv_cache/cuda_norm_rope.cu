@@ -73,10 +73,6 @@ int32_t launch_norm_rope_write(const NormRopeWriteParams& params) {
 }  // namespace
 
 int32_t kv_cache_norm_rope_write_cuda(const NormRopeWriteParams& params) {
-  QkNormRopeParams table = params.norm;
-  table.stream = params.stream;
-  const int32_t error = fill_rope_table_cuda(table);
-  if (error != 0) return error;
   return ptx::with_element(params.norm.dtype, [&](auto element) {
     using T = decltype(element);
     return is_wide<T>(params) ? launch_norm_rope_write<T, ptx::kVector<T>>(params)

@@ -102,9 +102,8 @@ Tensor kv_cache_norm_rope_write(Tensor k_pages, Tensor v_pages, const Tensor& pa
 #ifndef SELFFORCING_WITH_CUDA
   check_targets(op, p.write, k_pages.size(0));
 #endif
-  Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p.norm)}, k);
+  const std::optional<Tensor> table = new_rope_table(p.norm, k);
   Tensor rstd = empty_floats<2>({k.size(0), k.size(1)}, k);
-  p.norm.table = table.mutable_data_ptr<float>();
   p.norm.rstd = rstd.mutable_data_ptr<float>();
   p.norm.y = mutable_heads(y);
   run_kernel("kv_cache_norm_rope_write", SELFFORCING_KERNEL(kv_cache_norm_rope_write), p, k);

@@ -107,7 +107,6 @@ __global__ void __launch_bounds__(kThreads) layer_norm_grad_x_kernel(const Modul
   const int32_t channels = params.shape.channels;
   const T* grad_y = row<T>(params.grad_y, at);
   const T* x = row<T>(params.x, at);
-  T* grad_x = row<T>(params.grad_x, at);
   const float* scale = params.scale.row(at.batch, at.frame);
   const float mean = params.mean[index], rstd = params.rstd[index];
 
@@ -133,6 +132,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_grad_x_kernel(const Modul
     }
   });
   const float mean_grad = ptx::warp_sum(sum) / channels, mean_dot = ptx::warp_sum(dot) / channels;
+  T* grad_x = row<T>(params.grad_x, at);
   for_channels<kWidth>(channels, [&](int32_t c) {
     float grads[kWidth], normed[kWidth];
     load(c, grads, normed);

@@ -1,31 +1,10 @@
-// Rotary embedding kernels. A small kernel computes the table of cosines and sines in double; then one pass over
-// memory.
+// Rotary embedding kernels: one pass over memory.
 #include "../ptx/elements.cuh"
 #include "../ptx/sums.cuh"
 #include "cuda_tokens.cuh"
 
 namespace selfforcing {
 namespace {
-
-// ---- The table: one (cosine, sine) per entry of RopeAxes, the sine negative when inverse.
-constexpr int64_t kFloatsPerEntry = 2;
-constexpr int kTableThreads = 128;
-
-__global__ void __launch_bounds__(kTableThreads) fill_table_kernel(const RopeParams params) {
-  const RopeAxes axes = params.table_axes();
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
-  if (entry >= axes.table_entries()) return;
-  const int32_t axis = entry >= axes.table_offset(2) ? 2 : entry >= axes.table_offset(1) ? 1 : 0;
-  const int64_t within = entry - axes.table_offset(axis);
-  const int32_t pairs = axes.pairs[axis], pair = static_cast<int32_t>(within % pairs);
-  const int32_t frames = params.axes.size[0];
-  int64_t position = within / pairs;
-  if (axis == 0) position = position % frames + params.start_frame[position / frames];
-  const double angle = static_cast<double>(position) * axes.frequency(axis, pair);
-  const double sine = sin(angle);
-  reinterpret_cast<float2*>(params.table)[entry] = {static_cast<float>(cos(angle)),
-                                                    static_cast<float>(params.inverse ? -sine : sine)};
-}
 
 // ---- rope_3d: a thread takes kWidth channels of a token in kHeadsPerThread heads, which share their angles and are
 // loaded before the first is stored. Block: x the channels of a head, y tokens. Grid: x tokens, y groups of heads, z
@@ -45,11 +24,11 @@ __global__ void __launch_bounds__(kRopeThreads) rope_3d_kernel(const RopeParams 
 #pragma unroll
   for (int32_t h = 0; h < kHeadsPerThread; ++h)
     if (first + h < params.num_heads) ptx::load_elements<T>(x + (first + h) * params.x.head_stride, values[h]);
-  const TokenAngles angles = angles_of(params, batch, token);
+  const Turns<kWidth> turns = TokenPosition(params, batch, token).template turns<kWidth>(d);
 #pragma unroll
   for (int32_t h = 0; h < kHeadsPerThread; ++h) {
     if (first + h >= params.num_heads) return;
-    angles.rotate(values[h], d);
+    turns.rotate(values[h]);
     ptx::store_elements<T>(y + (first + h) * params.y.head_stride, values[h]);
   }
 }
@@ -78,15 +57,14 @@ __global__ void __launch_bounds__(kTokenThreads) qk_norm_rope_grad_x_kernel(cons
   const int32_t channels = params.num_heads * params.head_dim;
   const T* grad_y = token_row<T>(params.x, batch, token);
   const T* x = token_row<T>(params.features, batch, token);
-  T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
   const float rstd = params.rstd[index];
-  const TokenAngles angles = angles_of(params, batch, token);
+  const WarpTurns& turns = warp_turns(params, batch, token);
   const auto load = [&](int32_t c, int32_t head, int32_t d, float (&grads)[kWidth], float (&normed)[kWidth]) {
     float weights[kWidth];
     ptx::load_elements<T>(grad_y + head * params.x.head_stride + d, grads);
     ptx::load_elements<T>(x + c, normed);
     ptx::load_elements<float>(params.weight + c, weights);
-    angles.rotate(grads, d);
+    turns.turns<kWidth>(d).rotate(grads);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       grads[i] *= weights[i];
@@ -101,6 +79,7 @@ __global__ void __launch_bounds__(kTokenThreads) qk_norm_rope_grad_x_kernel(cons
     for (int i = 0; i < kWidth; ++i) dot += grads[i] * normed[i];
   });
   const float mean_dot = ptx::warp_sum(dot) / static_cast<float>(channels);
+  T* grad_x = static_cast<T*>(params.grad_x) + index * channels;
   for_channels<kWidth>(params.num_heads, params.head_dim, [&](int32_t c, int32_t head, int32_t d) {
     float grads[kWidth], normed[kWidth];
     load(c, head, d, grads, normed);
@@ -131,7 +110,7 @@ __global__ void __launch_bounds__(kSumThreads)
                              ptx::load_elements<T>(
                                  token_row<T>(params.x, batch, token) + head * params.x.head_stride + d, grads);
                              ptx::load_elements<T>(token_row<T>(params.features, batch, token) + c, values);
-                             angles_of(params, batch, token).rotate(grads, d);
+                             TokenPosition(params, batch, token).turns<kWidth>(d).rotate(grads);
                              const float rstd = params.rstd[index];
 #pragma unroll
                              for (int i = 0; i < kWidth; ++i) totals[0][i] += grads[i] * values[i] * rstd;
@@ -170,18 +149,7 @@ ptx::RangeSums<1> range_sums(const QkNormRopeBackwardParams& params) {
 
 }  // namespace
 
-int64_t rope_table_floats_cuda(const RopeParams& params) {
-  return kFloatsPerEntry * params.table_axes().table_entries();
-}
-
-int32_t fill_rope_table_cuda(const RopeParams& params) {
-  return ptx::launch(fill_table_kernel, dim3(num_blocks(params.table_axes().table_entries(), kTableThreads)),
-                     dim3(kTableThreads), 0, params.stream, params);
-}
-
 int32_t rope_3d_cuda(const RopeParams& params) {
-  const int32_t error = fill_rope_table_cuda(params);
-  if (error != 0) return error;
   return with_element_and_width(
       params,
       [&](auto element, auto width) {
@@ -196,8 +164,6 @@ int32_t rope_3d_cuda(const RopeParams& params) {
 }
 
 int32_t qk_norm_rope_cuda(const QkNormRopeParams& params) {
-  const int32_t error = fill_rope_table_cuda(params);
-  if (error != 0) return error;
   const ConstHeads weight{params.weight, 0, 0, 0};
   return with_element_and_width(
       params,
@@ -214,8 +180,6 @@ int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardPara
 }
 
 int32_t qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& params) {
-  const int32_t table_error = fill_rope_table_cuda(params);
-  if (table_error != 0) return table_error;
   const ptx::RangeSums<1> sums = range_sums(params);
   const ConstHeads weight{params.weight, 0, 0, 0};
   const int32_t error = with_element_and_width(

@@ -1,4 +1,5 @@
-// Rotation of a token's channels by a table of cosines and sines on the GPU.
+// Rotation of a token's channels by a table of cosines and sines on the GPU, as attention does it that reads keys many
+// times. Kernels that rotate once compute what they need (cuda_turns.cuh).
 #pragma once
 #include "../geometry/rope_axes.h"
 #include "../ptx/device.cuh"
@@ -11,9 +12,8 @@ class TokenAngles {
  public:
   TokenAngles() = default;
 
-  // The table has rows for `table_frames` frames, of which those of the token's grid start at `first_frame`.
-  __device__ __forceinline__ TokenAngles(const RopeAxes& axes, const float* table, int32_t token, int32_t table_frames,
-                                         int32_t first_frame = 0)
+  // The table has rows for `table_frames` frames.
+  __device__ __forceinline__ TokenAngles(const RopeAxes& axes, const float* table, int32_t token, int32_t table_frames)
       : table_(reinterpret_cast<const float2*>(table)),
         frame_pairs_(static_cast<uint32_t>(axes.pairs[0])),
         row_pairs_end_(static_cast<uint32_t>(axes.pairs[0] + axes.pairs[1])) {
@@ -24,7 +24,7 @@ class TokenAngles {
     const uint32_t frame = line / rows, row = line - frame * rows;
     const uint32_t row_entries = static_cast<uint32_t>(table_frames) * frame_pairs_;
     const uint32_t column_entries = row_entries + rows * row_pairs;
-    frame_ = (static_cast<uint32_t>(first_frame) + frame) * frame_pairs_;
+    frame_ = frame * frame_pairs_;
     row_ = row_entries + row * row_pairs - frame_pairs_;
     column_ = column_entries + column * column_pairs - row_pairs_end_;
   }

@@ -3,8 +3,7 @@
 #include <type_traits>
 
 #include "../ptx/elements.cuh"
-#include "cuda_angles.cuh"
-#include "params.h"
+#include "cuda_turns.cuh"
 
 namespace selfforcing {
 
@@ -18,9 +17,12 @@ __device__ __forceinline__ int64_t warp_token() {
   return static_cast<int64_t>(blockIdx.x) * kTokenWarps + threadIdx.x / ptx::kWarpSize;
 }
 
-__device__ __forceinline__ TokenAngles angles_of(const RopeParams& params, int64_t stream, int64_t token) {
-  return TokenAngles(params.axes, params.table, static_cast<int32_t>(token), params.table_axes().size[0],
-                     static_cast<int32_t>(params.start_of(stream)) * params.axes.size[0]);
+// The turns of this warp's token. All lanes of the warp come along.
+__device__ __forceinline__ const WarpTurns& warp_turns(const RopeParams& params, int64_t stream, int64_t token) {
+  __shared__ WarpTurns turns[kTokenWarps];
+  WarpTurns& own = turns[threadIdx.x / ptx::kWarpSize];
+  own.fill(params, stream, token);
+  return own;
 }
 
 template <typename T, typename Pointer>
@@ -61,14 +63,14 @@ __device__ __forceinline__ float norm_rope_token(const QkNormRopeParams& params,
   });
   const float mean = ptx::warp_sum(squares) / static_cast<float>(params.num_heads * params.head_dim);
   const float rstd = 1.0f / sqrtf(mean + params.eps);
-  const TokenAngles angles = angles_of(params, batch, token);
+  const WarpTurns& turns = warp_turns(params, batch, token);
   for_channels<kWidth>(params.num_heads, params.head_dim, [&](int32_t c, int32_t head, int32_t d) {
     float values[kWidth], weights[kWidth];
     ptx::load_elements<T>(x + c, values);  // from the first-level cache
     ptx::load_elements<float>(params.weight + c, weights);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[i] *= rstd * weights[i];
-    angles.rotate(values, d);
+    turns.turns<kWidth>(d).rotate(values);
     write(head, d, values);
   });
   return rstd;

@@ -18,8 +18,7 @@ Tensor rope_3d(const Tensor& x, const Tensor& start_frame, const std::vector<int
   p.inverse = inverse;
   Tensor y = new_tensor(x.sizes(), x);
   if (x.numel() == 0) return y;
-  Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
-  p.table = table.mutable_data_ptr<float>();
+  const std::optional<Tensor> table = new_rope_table(p, x);
   p.x = const_heads(x);
   p.y = mutable_heads(y);
   run_kernel("rope_3d", SELFFORCING_KERNEL(rope_3d), p, x);
@@ -34,8 +33,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& x, const Tensor& weight, c
   Tensor y = new_tensor(y_size, x);
   Tensor rstd = empty_floats<2>({x.size(0), x.size(1)}, x);
   if (x.numel() == 0) return {y, rstd};
-  Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
-  p.table = table.mutable_data_ptr<float>();
+  const std::optional<Tensor> table = new_rope_table(p, x);
   p.y = mutable_heads(y);
   p.rstd = rstd.mutable_data_ptr<float>();
   run_kernel("qk_norm_rope", SELFFORCING_KERNEL(qk_norm_rope), p, x);
@@ -67,8 +65,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope_backward(const Tensor& grad_y_given, con
   Tensor grad_x = new_tensor(x.sizes(), x);
   Tensor grad_weight = new_tensor(weight.sizes(), weight);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_weight)};
-  Tensor table = empty_floats<1>({SELFFORCING_KERNEL(rope_table_floats)(p)}, x);
-  p.table = table.mutable_data_ptr<float>();
+  const std::optional<Tensor> table = new_rope_table(p, x);
   p.x = const_heads(grad_y);
   p.features = {x.const_data_ptr(), x.stride(0), x.stride(1), head_dim};
   p.weight = weight.const_data_ptr<float>();

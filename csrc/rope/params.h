@@ -15,7 +15,7 @@ struct RopeParams {
   RopeAxes axes;                         // num_tokens() == L
   const int32_t* start_frame = nullptr;  // [num_starts]: position of the first frame, on the op's device
   int32_t num_starts = 1;                // 1, which all streams share, or batch
-  float* table = nullptr;  // rope_table_floats_*(), scratch: cosines and sines, filled first, computed in double
+  float* table = nullptr;  // CPU: rope_table_floats_cpu(), scratch: cosines and sines, filled first, computed in double
   bool inverse = false;
 
   ConstHeads x;    // [B, L, H, D]; backward of qk_norm_rope: grad_y
@@ -26,7 +26,7 @@ struct RopeParams {
 
   SELFFORCING_HOST_DEVICE int64_t start_of(int64_t stream) const { return num_starts == 1 ? 0 : stream; }
 
-  // Axes of the table: its frames are those of every start, one after another.
+  // CPU: axes of the table. Its frames are those of every start, one after another.
   SELFFORCING_HOST_DEVICE RopeAxes table_axes() const {
     RopeAxes of_table = axes;
     of_table.size[0] *= num_starts;
@@ -64,8 +64,6 @@ int64_t qk_norm_rope_backward_workspace_floats_cpu(const QkNormRopeBackwardParam
 void qk_norm_rope_backward_cpu(const QkNormRopeBackwardParams& params);
 
 // CUDA (csrc/rope/cuda.cu): launches on params.stream, returns the launch error as cudaError_t (0 is success).
-int64_t rope_table_floats_cuda(const RopeParams& params);
-int32_t fill_rope_table_cuda(const RopeParams& params);  // what every call below does first
 int32_t rope_3d_cuda(const RopeParams& params);
 int32_t qk_norm_rope_cuda(const QkNormRopeParams& params);
 int64_t qk_norm_rope_backward_workspace_floats_cuda(const QkNormRopeBackwardParams& params);

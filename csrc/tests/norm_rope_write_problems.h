@@ -9,7 +9,7 @@ namespace selfforcing::norm_rope_write_test {
 using namespace kernel_test;
 
 struct Kernels {
-  int64_t (*table_floats)(const RopeParams&);
+  int64_t (*table_floats)(const RopeParams&);  // nullptr: they need no table
   void (*norm_rope)(const QkNormRopeParams&);
   void (*write)(const KVCacheWriteParams&);
   void (*norm_rope_write)(const NormRopeWriteParams&);
@@ -69,8 +69,7 @@ class Problem {
     tokens.describe(p.norm);
     p.norm.x = tokens.heads<const void*>(x_), p.norm.y = tokens.heads<void*>(result.y);
     p.norm.weight = weight_.floats(), p.norm.eps = 1e-6f, p.norm.rstd = rstd_.floats();
-    Buffer table(DType::float32, kernels_.table_floats(p.norm));
-    p.norm.table = table.floats();
+    Buffer table = rope_test::table_for(p.norm, kernels_.table_floats);
     KVCacheWriteParams& w = p.write;
     w.format = c_.format, w.dtype = tokens.dtype, w.element_size = element_size(tokens.dtype);
     w.batch = tokens.batch, w.num_tokens = static_cast<int32_t>(tokens.tokens_of_stream());

@@ -12,7 +12,7 @@ namespace selfforcing::rope_test {
 using namespace kernel_test;
 
 struct Kernels {
-  int64_t (*table_floats)(const RopeParams&);
+  int64_t (*table_floats)(const RopeParams&);  // nullptr: they need no table
   void (*rope_3d)(const RopeParams&);
   void (*qk_norm_rope)(const QkNormRopeParams&);
   int64_t (*qk_norm_rope_backward_workspace_floats)(const QkNormRopeBackwardParams&);
@@ -71,6 +71,13 @@ struct Case {
   }
 };
 
+// The table that kernels fill first.
+inline Buffer table_for(RopeParams& p, int64_t (*floats)(const RopeParams&)) {
+  Buffer table(DType::float32, floats == nullptr ? 0 : floats(p));
+  p.table = table.floats();
+  return table;
+}
+
 inline void check_rope_3d(const Case& c, const Kernels& kernels, const std::vector<int>& thread_counts) {
   Buffer x = c.random();
   for (const bool inverse : {false, true}) {
@@ -84,8 +91,7 @@ inline void check_rope_3d(const Case& c, const Kernels& kernels, const std::vect
     c.describe(p);
     p.inverse = inverse;
     p.x = c.heads<const void*>(x), p.y = c.heads<void*>(y.actual);
-    Buffer table(DType::float32, kernels.table_floats(p));
-    p.table = table.floats();
+    Buffer table = table_for(p, kernels.table_floats);
     check(inverse ? "rope_3d backwards" : "rope_3d", kernels.rope_3d, p, {&y}, thread_counts);
   }
 }
@@ -120,15 +126,14 @@ inline void check_qk_norm_rope(const Case& c, const Kernels& kernels, const std:
   c.describe(p);
   p.x = c.heads<const void*>(x), p.weight = weight.floats(), p.eps = kEps;
   p.y = c.heads<void*>(y.actual), p.rstd = rstd.actual.floats();
-  Buffer table(DType::float32, kernels.table_floats(p));
-  p.table = table.floats();
+  Buffer table = table_for(p, kernels.table_floats);
   check("qk_norm_rope", kernels.qk_norm_rope, p, {&y, &rstd}, thread_counts);
 
   QkNormRopeBackwardParams b;
   c.describe(b);
   b.inverse = true;
   b.x = c.heads<const void*>(grad_y), b.features = c.heads<const void*>(x);
-  b.weight = weight.floats(), b.rstd = rstd.actual.floats(), b.table = table.floats();
+  b.weight = weight.floats(), b.rstd = rstd.actual.floats(), b.table = p.table;
   b.grad_x = grad_x.actual.data(), b.grad_weight = grad_weight.actual.floats();
   Buffer workspace(DType::float32, kernels.qk_norm_rope_backward_workspace_floats(b));
   b.workspace = workspace.floats();
