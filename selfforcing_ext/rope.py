@@ -37,8 +37,8 @@ def rope_3d(
             positions. Rows and columns start at 0.
 
     Returns:
-        [B, L, H, D], contiguous, in the dtype of x, under autocast too. Angles are as exact as in float64, their cosines
-        and sines and the rotation float32.
+        [B, L, H, D], contiguous, in the dtype of x, under autocast too. Angles are as exact as in float64, their
+        cosines and sines and the rotation float32.
 
     Raises:
         TypeError: a dtype that is not accepted.
