@@ -26,6 +26,10 @@ bool forward_uses_hopper(const AttentionParams& params) {
   return attention_cuda::fits_hopper_forward(params) && asks_for_hopper();
 }
 
+bool backward_uses_hopper(const AttentionBackwardParams& params) {
+  return attention_cuda::fits_hopper_backward(params) && asks_for_hopper();
+}
+
 }  // namespace
 
 int64_t attention_forward_workspace_bytes_cuda(const AttentionParams& params) {
@@ -38,7 +42,15 @@ int64_t attention_forward_workspace_bytes_cuda(const AttentionParams& params) {
   }
 }
 
-int64_t attention_backward_workspace_bytes_cuda(const AttentionBackwardParams&) { return 0; }
+int64_t attention_backward_workspace_bytes_cuda(const AttentionBackwardParams& params) {
+  if constexpr (kWithHopper)
+    if (backward_uses_hopper(params)) return attention_cuda::hopper_backward_workspace_bytes(params);
+  switch (params.dtype) {
+    case DType::bfloat16: return attention_cuda::backward_workspace_bytes_bfloat16(params);
+    case DType::float16: return attention_cuda::backward_workspace_bytes_float16(params);
+    default: return 0;
+  }
+}
 
 int32_t attention_forward_cuda(const AttentionParams& params) {
   if constexpr (kWithHopper)
@@ -52,8 +64,7 @@ int32_t attention_forward_cuda(const AttentionParams& params) {
 
 int32_t attention_backward_cuda(const AttentionBackwardParams& params) {
   if constexpr (kWithHopper)
-    if (attention_cuda::fits_hopper_backward(params) && asks_for_hopper())
-      return attention_cuda::hopper_backward(params);
+    if (backward_uses_hopper(params)) return attention_cuda::hopper_backward(params);
   switch (params.dtype) {
     case DType::bfloat16: return attention_cuda::backward_bfloat16(params);
     case DType::float16: return attention_cuda::backward_float16(params);

@@ -12,6 +12,10 @@ int32_t forward_bfloat16(const AttentionParams& params) {
   return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_forward, ptx::bfloat16, params);
 }
 
+int64_t backward_workspace_bytes_bfloat16(const AttentionBackwardParams& params) {
+  return SELFFORCING_MMA_BY_HEAD_DIM(mma_backward_workspace_bytes, ptx::bfloat16, params);
+}
+
 int32_t backward_bfloat16(const AttentionBackwardParams& params) {
   return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_backward, ptx::bfloat16, params);
 }

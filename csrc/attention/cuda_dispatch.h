@@ -10,19 +10,23 @@ int32_t backward_float32(const AttentionBackwardParams& params);
 
 int64_t forward_workspace_bytes_bfloat16(const AttentionParams& params);
 int32_t forward_bfloat16(const AttentionParams& params);
+int64_t backward_workspace_bytes_bfloat16(const AttentionBackwardParams& params);
 int32_t backward_bfloat16(const AttentionBackwardParams& params);
 
 int64_t forward_workspace_bytes_float16(const AttentionParams& params);
 int32_t forward_float16(const AttentionParams& params);
+int64_t backward_workspace_bytes_float16(const AttentionBackwardParams& params);
 int32_t backward_float16(const AttentionBackwardParams& params);
 
 // For compute capability 9.0 alone, where a build has sm_90a: calls that fit (cuda_hopper_fit.h).
 int64_t hopper_forward_workspace_bytes_bfloat16(const AttentionParams& params);
 int32_t hopper_forward_bfloat16(const AttentionParams& params);
+int64_t hopper_backward_workspace_bytes_bfloat16(const AttentionBackwardParams& params);
 int32_t hopper_backward_bfloat16(const AttentionBackwardParams& params);
 
 int64_t hopper_forward_workspace_bytes_float16(const AttentionParams& params);
 int32_t hopper_forward_float16(const AttentionParams& params);
+int64_t hopper_backward_workspace_bytes_float16(const AttentionBackwardParams& params);
 int32_t hopper_backward_float16(const AttentionBackwardParams& params);
 
 inline int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
@@ -31,6 +35,10 @@ inline int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
 }
 inline int32_t hopper_forward(const AttentionParams& params) {
   return params.dtype == DType::bfloat16 ? hopper_forward_bfloat16(params) : hopper_forward_float16(params);
+}
+inline int64_t hopper_backward_workspace_bytes(const AttentionBackwardParams& params) {
+  return params.dtype == DType::bfloat16 ? hopper_backward_workspace_bytes_bfloat16(params)
+                                         : hopper_backward_workspace_bytes_float16(params);
 }
 inline int32_t hopper_backward(const AttentionBackwardParams& params) {
   return params.dtype == DType::bfloat16 ? hopper_backward_bfloat16(params) : hopper_backward_float16(params);

@@ -12,6 +12,10 @@ int32_t forward_float16(const AttentionParams& params) {
   return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_forward, ptx::float16, params);
 }
 
+int64_t backward_workspace_bytes_float16(const AttentionBackwardParams& params) {
+  return SELFFORCING_MMA_BY_HEAD_DIM(mma_backward_workspace_bytes, ptx::float16, params);
+}
+
 int32_t backward_float16(const AttentionBackwardParams& params) {
   return SELFFORCING_MMA_BY_HEAD_DIM(launch_mma_backward, ptx::float16, params);
 }

@@ -7,10 +7,15 @@
 // them in registers is the left factor of the next product: by queries for grad_q, by keys (transposed) for grad_k and
 // grad_v. While a consumer computes probabilities, its products with grad_out run; while it ends a tile, the scores of
 // the next one are on their way.
+//
+// The grids are as large as the GPU. What does not fill a last round is split over columns; a third kernel adds the
+// parts.
 #pragma once
 #include <algorithm>
 
 #include "cuda_hopper_keys.cuh"
+#include "cuda_parts.cuh"
+#include "cuda_schedule.cuh"
 #include "cuda_statistics.cuh"
 
 namespace selfforcing::attention_cuda {
@@ -31,12 +36,13 @@ using HopperGradQTile = HopperBackwardTile<T, kHeadDim, 128, kHeadDim <= 64 ? 4 
 template <typename T, int kHeadDim>
 using HopperGradKVTile = HopperBackwardTile<T, kHeadDim, kHeadDim <= 64 ? 96 : 64, 4>;
 
-// A tile of rows.
+// A tile of rows, or a part of its columns.
 struct BackwardWork {
   ColumnTile rows;       // no rows: the end
   int32_t first = 0;     // row of the buffer
   int32_t stream, head;  // of queries, or of keys
   int32_t sees_columns;
+  int32_t row_of_parts;  // where gradients of the buffer's rows go; negative: they are whole
 
   __device__ __forceinline__ bool has(int row) const { return row >= first && row < first + rows.count; }
 };
@@ -100,21 +106,46 @@ __device__ __forceinline__ void hand_out_end(unsigned use, HopperBackwardShared<
   hand_out({}, use, shared, [](ptx::SharedAddress) {});
 }
 
-// Writes factor * sums, a consumer's rows of a tile.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_gradients(const MutableHeads& tensor, int32_t head_dim, const BackwardWork& work,
-                                                int first, float factor, const float (&sums)[kHeadDim / 2]) {
-  const Rows<T> rows = head_rows<T>(tensor, work.stream, work.head);
+// The row of parts where those of an item begin.
+template <typename Tile>
+__device__ __forceinline__ int32_t row_of_parts(const GradientParts& parts, const TilePart& item) {
+  return item.shared_tile < 0 ? -1 : item.part * static_cast<int32_t>(parts.rows) + item.shared_tile * Tile::kRows;
+}
+
+// Calls write(row of the buffer, channel, grads) for what this lane has of factor * sums, a consumer's rows of a tile.
+template <int kHeadDim, typename Write>
+__device__ __forceinline__ void write_gradients(int32_t head_dim, const BackwardWork& work, int first, float factor,
+                                                const float (&sums)[kHeadDim / 2], const Write& write) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + row_in_fragment(i);
     if (!work.has(row)) continue;
-    T* const to = rows.at(work.rows.start + row - work.first) + column_in_fragments(0, 0);
 #pragma unroll
-    for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
-      if (d * kFragmentColumns < head_dim)
-        *reinterpret_cast<unsigned*>(to + d * kFragmentColumns) =
-            ptx::pack_pair<T>(sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor);
+    for (int d = 0; d < kHeadDim / kFragmentColumns; ++d) {
+      if (d * kFragmentColumns >= head_dim) continue;
+      const float grads[2] = {sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor};
+      write(row, column_in_fragments(d, 0), grads);
+    }
+  }
+}
+
+// To a tensor, or to the parts where they are one.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_gradients(const MutableHeads& tensor, const GradientParts& parts,
+                                                const BackwardWork& work, int first, float factor,
+                                                const float (&sums)[kHeadDim / 2]) {
+  if (work.row_of_parts >= 0) {
+    write_gradients<kHeadDim>(
+        parts.head_dim, work, first, factor, sums, [&](int row, int channel, const float (&grads)[2]) {
+          *reinterpret_cast<float2*>(parts.at(work.row_of_parts + row) + channel) = float2{grads[0], grads[1]};
+        });
+  } else {
+    const Rows<T> rows = head_rows<T>(tensor, work.stream, work.head);
+    write_gradients<kHeadDim>(parts.head_dim, work, first, factor, sums,
+                              [&](int row, int channel, const float (&grads)[2]) {
+                                T* const to = rows.at(work.rows.start + row - work.first) + channel;
+                                *reinterpret_cast<unsigned*>(to) = ptx::pack_pair<T>(grads[0], grads[1]);
+                              });
   }
 }
 
@@ -124,17 +155,10 @@ __device__ __forceinline__ void add_past_gradients(const AttentionBackwardParams
                                                    int first, bool values, float factor,
                                                    const float (&sums)[kHeadDim / 2]) {
   const KeySource<T> source{params, work.stream, work.head, values};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first + row_in_fragment(i);
-    if (!work.has(row)) continue;
-#pragma unroll
-    for (int d = 0; d < kHeadDim / kFragmentColumns; ++d) {
-      if (d * kFragmentColumns >= params.head_dim) continue;
-      const float grads[2] = {sums[4 * d + 2 * i] * factor, sums[4 * d + 2 * i + 1] * factor};
-      add_past_gradient(params, source, work.rows, row - work.first, column_in_fragments(d, 0), grads);
-    }
-  }
+  write_gradients<kHeadDim>(params.head_dim, work, first, factor, sums,
+                            [&](int row, int channel, const float (&grads)[2]) {
+                              add_past_gradient(params, source, work.rows, row - work.first, channel, grads);
+                            });
 }
 
 // The first row of this warp in a tile of rows.
@@ -151,16 +175,15 @@ struct GradQMaps {
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& params, const GradQMaps& maps,
-                                               int32_t items,
+                                               const RoundSchedule& schedule, const GradientParts& parts,
                                                HopperBackwardShared<HopperGradQTile<T, kHeadDim>>& shared) {
   using Tile = HopperGradQTile<T, kHeadDim>;
   using Columns = typename Tile::Columns;
   BufferPosition<Tile::kStages> keys;
   for (unsigned use = 0;; ++use) {
-    const int32_t item = item_of_round(static_cast<int32_t>(use));
-    RowTile rows{0, 0, 0};
-    if (item < items)
-      rows = find_row_tile<Tile::kRows, true>(params.spans, params.num_queries, item, params.batch * params.num_heads);
+    const TilePart item = schedule.at(item_of_round(static_cast<int32_t>(use)));
+    const RowTile rows =
+        find_row_tile<Tile::kRows, true>(params.spans, params.num_queries, item.tile, params.batch * params.num_heads);
     if (rows.count == 0) {
       hand_out_end(use, shared);
       return;
@@ -170,15 +193,17 @@ __device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& pa
     ColumnTiles<Tile::kColumns> tiles(params.spans, rows.block, params.num_keys);
     tiles.prepend(params.past, stream, kv_head);
     tiles.align_past(maps.keys.page_rows);
+    tiles.take_every(item.parts, item.part);
     ColumnTile tile;
     bool more = tiles.next(tile);
-    hand_out({{rows.start, rows.count, -1}, 0, stream, head, more}, use, shared, [&](ptx::SharedAddress full) {
-      if (lane() >= kTilesOfRows) return;
-      const bool right = lane() == 1;
-      ptx::barrier_arrive_expect(full, Tile::Rows::kBytes);
-      typename Tile::Rows(right ? shared.right_rows : shared.left_rows)
-          .load(right ? maps.grad_out : maps.q, full, 0, rows.start, head, stream);
-    });
+    hand_out({{rows.start, rows.count, -1}, 0, stream, head, more, row_of_parts<Tile>(parts, item)}, use, shared,
+             [&](ptx::SharedAddress full) {
+               if (lane() >= kTilesOfRows) return;
+               const bool right = lane() == 1;
+               ptx::barrier_arrive_expect(full, Tile::Rows::kBytes);
+               typename Tile::Rows(right ? shared.right_rows : shared.left_rows)
+                   .load(right ? maps.grad_out : maps.q, full, 0, rows.start, head, stream);
+             });
     for (; more; ++keys.use) {
       const ColumnTile now = tile;
       more = tiles.next(tile);
@@ -197,8 +222,8 @@ __device__ __forceinline__ void produce_grad_q(const AttentionBackwardParams& pa
 }
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void consume_grad_q(const AttentionBackwardParams& params, int group,
-                                               HopperBackwardShared<HopperGradQTile<T, kHeadDim>>& shared) {
+__device__ __forceinline__ void consume_grad_q(const AttentionBackwardParams& params, const GradientParts& parts,
+                                               int group, HopperBackwardShared<HopperGradQTile<T, kHeadDim>>& shared) {
   using Tile = HopperGradQTile<T, kHeadDim>;
   using Columns = typename Tile::Columns;
   constexpr int kSums = Tile::kColumns / 2;
@@ -293,18 +318,32 @@ __device__ __forceinline__ void consume_grad_q(const AttentionBackwardParams& pa
     } else {
       rows.release(shared.row_barriers);
     }
-    store_gradients<T, kHeadDim>(params.grad_q, params.head_dim, work, row_of_warp, params.softmax_scale, grad_q);
+    store_gradients<T, kHeadDim>(params.grad_q, parts, work, row_of_warp, params.softmax_scale, grad_q);
   }
 }
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(HopperGradQTile<T, kHeadDim>::Block::kThreads, kOneBlock)
-    hopper_grad_q_kernel(const AttentionBackwardParams params, const __grid_constant__ GradQMaps maps, int32_t items) {
+    hopper_grad_q_kernel(const AttentionBackwardParams params, const __grid_constant__ GradQMaps maps,
+                         const RoundSchedule schedule, const GradientParts parts) {
   using Tile = HopperGradQTile<T, kHeadDim>;
   SELFFORCING_DYNAMIC_SHARED(bytes);
   auto& shared = backward_shared<Tile>(bytes);
-  Tile::Block::run([&] { produce_grad_q<T, kHeadDim>(params, maps, items, shared); },
-                   [&](int group) { consume_grad_q<T, kHeadDim>(params, group, shared); });
+  Tile::Block::run([&] { produce_grad_q<T, kHeadDim>(params, maps, schedule, parts, shared); },
+                   [&](int group) { consume_grad_q<T, kHeadDim>(params, parts, group, shared); });
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_grad_q_tiles_kernel(const AttentionBackwardParams params, const GradQMaps /*maps*/,
+                             const RoundSchedule schedule, const GradientParts parts) {
+  constexpr int kRows = HopperGradQTile<T, kHeadDim>::kRows;
+  const int32_t shared_row = static_cast<int32_t>(blockIdx.x) * kJoinRows + warp(), row = shared_row % kRows;
+  const RowTile tile = find_row_tile<kRows, true>(
+      params.spans, params.num_queries, schedule.whole_tiles + shared_row / kRows, params.batch * params.num_heads);
+  if (row >= tile.count) return;
+  const int32_t stream = tile.copy / params.num_heads, head = tile.copy % params.num_heads;
+  parts.join(shared_row, head_rows<T>(params.grad_q, stream, head).at(tile.start + row));
 }
 
 // ---- grad_k and grad_v: rows are keys, columns the queries of all heads that read them
@@ -312,29 +351,41 @@ __global__ void __launch_bounds__(HopperGradQTile<T, kHeadDim>::Block::kThreads,
 struct GradKVMaps {
   KeyMaps keys;
   ptx::TensorMap q, grad_out;
-  int32_t past_items;  // tiles of the past come first: every query sees them
+  int32_t past_tiles;  // of all heads and streams; they come first, since every query sees them
 };
+
+// A tile of keys of one head, of the past or in a block of query_spans; no keys in a tile that the past does not need,
+// and in those after the last one.
+struct HopperKeyTile {
+  ColumnTile rows;
+  int32_t block, stream, kv_head;
+};
+template <typename Tile>
+__device__ __forceinline__ HopperKeyTile find_hopper_key_tile(const AttentionBackwardParams& params,
+                                                              const GradKVMaps& maps, int32_t tile) {
+  const int32_t copies = params.batch * params.num_kv_heads;
+  if (tile < maps.past_tiles) {
+    const int32_t stream = tile % copies / params.num_kv_heads, kv_head = tile % copies % params.num_kv_heads;
+    return {past_tile<typename Tile::Rows>(params.past, maps.keys, stream, kv_head, tile / copies), 0, stream, kv_head};
+  }
+  const RowTile own = find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, tile - maps.past_tiles, copies);
+  return {{own.start, own.count, -1}, own.block, own.copy / params.num_kv_heads, own.copy % params.num_kv_heads};
+}
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& params, const GradKVMaps& maps,
-                                                int32_t items,
+                                                const RoundSchedule& schedule, const GradientParts& parts,
                                                 HopperBackwardShared<HopperGradKVTile<T, kHeadDim>>& shared) {
   using Tile = HopperGradKVTile<T, kHeadDim>;
   using Columns = typename Tile::Columns;
   constexpr int kOfLane = Tile::kColumns / kWarpSize;  // queries whose statistics a lane brings
   const int32_t heads_per_kv_head = params.num_heads / params.num_kv_heads;
-  const int32_t copies = params.batch * params.num_kv_heads;
   BufferPosition<Tile::kStages> queries;
   unsigned use = 0;
   for (int32_t round = 0;; ++round) {
-    const int32_t item = item_of_round(round);
-    const bool in_past = item < maps.past_items;
-    RowTile own{0, 0, 0, in_past ? item % copies : 0};
-    if (!in_past && item < items)
-      own = find_row_tile<Tile::kRows>(params.query_spans, params.num_keys, item - maps.past_items, copies);
-    const int32_t stream = own.copy / params.num_kv_heads, kv_head = own.copy % params.num_kv_heads;
-    ColumnTile keys{own.start, own.count, -1};
-    if (in_past) keys = past_tile<typename Tile::Rows>(params.past, maps.keys, stream, kv_head, item / copies);
+    const TilePart item = schedule.at(item_of_round(round));
+    const auto [keys, block, stream, kv_head] = find_hopper_key_tile<Tile>(params, maps, item.tile);
+    const bool in_past = item.tile < maps.past_tiles;
     if (keys.count == 0 && in_past) continue;
     if (keys.count == 0) {
       hand_out_end(use, shared);
@@ -343,24 +394,33 @@ __device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& p
     const float bias_log2 = KeySource<T>{params, stream, kv_head, false}.bias_log2(keys);
     const ColumnTiles<Tile::kColumns> tiles_of_a_head =
         in_past ? ColumnTiles<Tile::kColumns>(params.num_queries)
-                : ColumnTiles<Tile::kColumns>(params.query_spans, own.block, params.num_queries);
+                : ColumnTiles<Tile::kColumns>(params.query_spans, block, params.num_queries);
     ColumnTiles<Tile::kColumns> tiles = tiles_of_a_head;
+    int32_t head = kv_head * heads_per_kv_head, skip = item.part;
+    // The next tile of this part among those of one head after the other.
+    const auto next = [&](ColumnTile& tile) {
+      for (;; --skip) {
+        while (!tiles.next(tile)) {
+          if (++head == (kv_head + 1) * heads_per_kv_head) return false;
+          tiles = tiles_of_a_head;
+        }
+        if (skip == 0) break;
+      }
+      skip = item.parts - 1;
+      return true;
+    };
     ColumnTile tile;
-    bool more = tiles.next(tile);
-    hand_out({keys, first_row(maps.keys, keys), stream, kv_head, more}, use++, shared, [&](ptx::SharedAddress full) {
-      for (const bool values : {false, true})
-        load_keys(params, maps.keys, keys, stream, kv_head, values,
-                  typename Tile::Rows(values ? shared.right_rows : shared.left_rows), full);
-    });
-    for (int32_t head = kv_head * heads_per_kv_head; more; ++queries.use) {
+    bool more = next(tile);
+    hand_out({keys, first_row(maps.keys, keys), stream, kv_head, more, row_of_parts<Tile>(parts, item)}, use++, shared,
+             [&](ptx::SharedAddress full) {
+               for (const bool values : {false, true})
+                 load_keys(params, maps.keys, keys, stream, kv_head, values,
+                           typename Tile::Rows(values ? shared.right_rows : shared.left_rows), full);
+             });
+    for (; more; ++queries.use) {
       const ColumnTile now = tile;
       const int32_t head_now = head;
-      more = tiles.next(tile);
-      if (!more && head + 1 < (kv_head + 1) * heads_per_kv_head) {
-        ++head;
-        tiles = tiles_of_a_head;
-        more = tiles.next(tile);
-      }
+      more = next(tile);
       RowStatistics statistics[kOfLane];  // on their way while a buffer becomes empty
       const int64_t row_of_tile = row_of_head(params, stream, head_now) + now.start;
 #pragma unroll
@@ -388,7 +448,8 @@ __device__ __forceinline__ void produce_grad_kv(const AttentionBackwardParams& p
 }
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& params, int group,
+__device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& params, const GradientParts& k_parts,
+                                                const GradientParts& v_parts, int group,
                                                 HopperBackwardShared<HopperGradKVTile<T, kHeadDim>>& shared) {
   using Tile = HopperGradKVTile<T, kHeadDim>;
   using Columns = typename Tile::Columns;
@@ -478,12 +539,12 @@ __device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& p
       rows.release(shared.row_barriers);
     }
     const int first = first_row_of_warp(group);
-    if (work.rows.in_past()) {
+    if (work.rows.in_past() && work.row_of_parts < 0) {
       add_past_gradients<T, kHeadDim>(params, work, first, false, params.softmax_scale, grad_k);
       add_past_gradients<T, kHeadDim>(params, work, first, true, 1.0f, grad_v);
     } else {
-      store_gradients<T, kHeadDim>(params.grad_k, params.head_dim, work, first, params.softmax_scale, grad_k);
-      store_gradients<T, kHeadDim>(params.grad_v, params.head_dim, work, first, 1.0f, grad_v);
+      store_gradients<T, kHeadDim>(params.grad_k, k_parts, work, first, params.softmax_scale, grad_k);
+      store_gradients<T, kHeadDim>(params.grad_v, v_parts, work, first, 1.0f, grad_v);
     }
   }
 }
@@ -491,61 +552,127 @@ __device__ __forceinline__ void consume_grad_kv(const AttentionBackwardParams& p
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(HopperGradKVTile<T, kHeadDim>::Block::kThreads, kOneBlock)
     hopper_grad_kv_kernel(const AttentionBackwardParams params, const __grid_constant__ GradKVMaps maps,
-                          int32_t items) {
+                          const RoundSchedule schedule, const GradientParts k_parts, const GradientParts v_parts) {
   using Tile = HopperGradKVTile<T, kHeadDim>;
   SELFFORCING_DYNAMIC_SHARED(bytes);
   auto& shared = backward_shared<Tile>(bytes);
-  Tile::Block::run([&] { produce_grad_kv<T, kHeadDim>(params, maps, items, shared); },
-                   [&](int group) { consume_grad_kv<T, kHeadDim>(params, group, shared); });
+  Tile::Block::run([&] { produce_grad_kv<T, kHeadDim>(params, maps, schedule, k_parts, shared); },
+                   [&](int group) { consume_grad_kv<T, kHeadDim>(params, k_parts, v_parts, group, shared); });
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_grad_kv_tiles_kernel(const AttentionBackwardParams params, const __grid_constant__ GradKVMaps maps,
+                              const RoundSchedule schedule, const GradientParts k_parts, const GradientParts v_parts) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  const int32_t shared_row = static_cast<int32_t>(blockIdx.x) * kJoinRows + warp();
+  const auto [keys, block, stream, kv_head] =
+      find_hopper_key_tile<Tile>(params, maps, schedule.whole_tiles + shared_row / Tile::kRows);
+  const int row = shared_row % Tile::kRows - first_row(maps.keys, keys);
+  if (row < 0 || row >= keys.count) return;
+  const auto join = [&](const GradientParts& parts, const MutableHeads& tensor, bool values) {
+    if (keys.in_past()) {
+      const KeySource<T> source{params, stream, kv_head, values};
+      parts.add_up(shared_row, [&](int channel, const float (&grads)[2]) {
+        add_past_gradient(params, source, keys, row, channel, grads);
+      });
+    } else {
+      parts.join(shared_row, head_rows<T>(tensor, stream, kv_head).at(keys.start + row));
+    }
+  };
+  join(k_parts, params.grad_k, false);
+  join(v_parts, params.grad_v, true);
 }
 
 // ---- The host's part
 
-// One thread block for each multiprocessor, or for each item where there are fewer.
-template <typename Tile, typename Maps>
-int32_t launch_rounds(void (*kernel)(AttentionBackwardParams, Maps, int32_t), const AttentionBackwardParams& params,
-                      const Maps& maps, int32_t items) {
+// One thread block for each multiprocessor, or for each item where there are fewer; then what joins the parts.
+template <typename Tile, typename Maps, typename... Parts>
+int32_t launch_rounds(void (*kernel)(AttentionBackwardParams, Maps, RoundSchedule, Parts...),
+                      void (*join)(AttentionBackwardParams, Maps, RoundSchedule, Parts...),
+                      const AttentionBackwardParams& params, const Maps& maps, const RoundSchedule& schedule,
+                      const Parts&... parts) {
   static_assert(sizeof(HopperBackwardShared<Tile>) <= ptx::kMaxSharedBytesHopper);
-  return ptx::launch(kernel, dim3(static_cast<unsigned>(std::min(items, ptx::multiprocessors()))),
-                     dim3(Tile::Block::kThreads), sizeof(HopperBackwardShared<Tile>), params.stream, params, maps,
-                     items);
+  const int32_t error =
+      ptx::launch(kernel, dim3(static_cast<unsigned>(schedule.blocks)), dim3(Tile::Block::kThreads),
+                  sizeof(HopperBackwardShared<Tile>), params.stream, params, maps, schedule, parts...);
+  if (error != 0) return error;
+  return ptx::launch(join, dim3(static_cast<unsigned>(schedule.shared_rows(Tile::kRows) / kJoinRows)),
+                     dim3(kJoinThreads), 0, params.stream, params, maps, schedule, parts...);
+}
+
+template <typename Tile>
+GradientParts parts_of_rows(const AttentionBackwardParams& params, const RoundSchedule& schedule) {
+  return {schedule.parts, params.head_dim, schedule.shared_rows(Tile::kRows), static_cast<float*>(params.workspace)};
+}
+
+template <typename T, int kHeadDim>
+RoundSchedule schedule_grad_q(const AttentionBackwardParams& params) {
+  using Tile = HopperGradQTile<T, kHeadDim>;
+  return schedule_queries(params, Tile::kRows, Tile::kColumns);
+}
+
+template <typename Tile>
+int32_t past_tiles_of_keys(const AttentionBackwardParams& params) {
+  if (params.past_grads.k_pages == nullptr) return 0;
+  return max_past_tiles<typename Tile::Rows>(params.past) * params.batch * params.num_kv_heads;
+}
+
+template <typename T, int kHeadDim>
+RoundSchedule schedule_grad_kv(const AttentionBackwardParams& params) {
+  using Tile = HopperGradKVTile<T, kHeadDim>;
+  const int32_t own_tiles = static_cast<int32_t>(max_row_tiles(params.num_keys, params.query_spans, Tile::kRows));
+  const int64_t query_tiles = (params.num_queries + Tile::kColumns - 1) / Tile::kColumns;
+  return RoundSchedule(past_tiles_of_keys<Tile>(params) + own_tiles * params.batch * params.num_kv_heads,
+                       query_tiles * (params.num_heads / params.num_kv_heads));
 }
 
 template <typename T, int kHeadDim>
 int32_t launch_hopper_grad_q(const AttentionBackwardParams& params) {
   using Tile = HopperGradQTile<T, kHeadDim>;
+  const RoundSchedule schedule = schedule_grad_q<T, kHeadDim>(params);
+  if (schedule.items == 0) return 0;
   const auto queries = [&](ptx::TensorMap& map, const ConstHeads& heads) {
     return encode_heads<typename Tile::Rows>(map, heads, params.batch, params.num_queries, params.num_heads,
                                              params.head_dim);
   };
-  const int32_t items = static_cast<int32_t>(max_row_tiles(params.num_queries, params.spans, Tile::kRows)) *
-                        params.batch * params.num_heads;
-  if (items == 0) return 0;
   GradQMaps maps{};
   int32_t error = queries(maps.q, params.q);
   if (error == 0) error = queries(maps.grad_out, params.grad_out);
   if (error == 0) error = encode_keys<typename Tile::Columns>(maps.keys, params);
-  return error != 0 ? error : launch_rounds<Tile>(hopper_grad_q_kernel<T, kHeadDim>, params, maps, items);
+  if (error != 0) return error;
+  return launch_rounds<Tile>(hopper_grad_q_kernel<T, kHeadDim>, join_grad_q_tiles_kernel<T, kHeadDim>, params, maps,
+                             schedule, parts_of_rows<Tile>(params, schedule));
 }
 
 template <typename T, int kHeadDim>
 int32_t launch_hopper_grad_kv(const AttentionBackwardParams& params) {
   using Tile = HopperGradKVTile<T, kHeadDim>;
+  const RoundSchedule schedule = schedule_grad_kv<T, kHeadDim>(params);
+  if (schedule.items == 0) return 0;
   const auto queries = [&](ptx::TensorMap& map, const ConstHeads& heads) {
     return encode_heads<typename Tile::Columns>(map, heads, params.batch, params.num_queries, params.num_heads,
                                                 params.head_dim);
   };
   GradKVMaps maps{};
+  maps.past_tiles = past_tiles_of_keys<Tile>(params);
   int32_t error = encode_keys<typename Tile::Rows>(maps.keys, params);
-  const int32_t copies = params.batch * params.num_kv_heads;
-  if (params.past_grads.k_pages != nullptr)
-    maps.past_items = max_past_tiles<typename Tile::Rows>(params.past, maps.keys) * copies;
-  const int32_t own_tiles = static_cast<int32_t>(max_row_tiles(params.num_keys, params.query_spans, Tile::kRows));
-  const int32_t items = maps.past_items + own_tiles * copies;
-  if (items == 0) return 0;
   if (error == 0) error = queries(maps.q, params.q);
   if (error == 0) error = queries(maps.grad_out, params.grad_out);
-  return error != 0 ? error : launch_rounds<Tile>(hopper_grad_kv_kernel<T, kHeadDim>, params, maps, items);
+  if (error != 0) return error;
+  const GradientParts k_parts = parts_of_rows<Tile>(params, schedule);
+  GradientParts v_parts = k_parts;
+  v_parts.sums += k_parts.size();
+  return launch_rounds<Tile>(hopper_grad_kv_kernel<T, kHeadDim>, join_grad_kv_tiles_kernel<T, kHeadDim>, params, maps,
+                             schedule, k_parts, v_parts);
+}
+
+// The two kernels run one after the other, in the same workspace.
+template <typename T, int kHeadDim>
+int64_t hopper_backward_workspace_bytes(const AttentionBackwardParams& params) {
+  return std::max(
+      parts_of_rows<HopperGradQTile<T, kHeadDim>>(params, schedule_grad_q<T, kHeadDim>(params)).bytes(),
+      2 * parts_of_rows<HopperGradKVTile<T, kHeadDim>>(params, schedule_grad_kv<T, kHeadDim>(params)).bytes());
 }
 
 // For calls that fits_hopper_backward.

@@ -9,7 +9,7 @@
 // which see more keys, first. What does not fill a last round is split over keys.
 #pragma once
 #include "cuda_hopper_keys.cuh"
-#include "cuda_key_split.cuh"
+#include "cuda_parts.cuh"
 #include "cuda_schedule.cuh"
 
 namespace selfforcing::attention_cuda {
@@ -330,14 +330,10 @@ RoundSchedule schedule_forward(const AttentionParams& params) {
 }
 
 template <typename T, int kHeadDim>
-int64_t shared_rows(const RoundSchedule& schedule) {
-  return static_cast<int64_t>(schedule.shared_tiles()) * HopperForwardTile<T, kHeadDim>::kQueries;
-}
-
-template <typename T, int kHeadDim>
 int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
   const RoundSchedule schedule = schedule_forward<T, kHeadDim>(params);
-  return KeySplit::workspace_bytes(schedule.parts, shared_rows<T, kHeadDim>(schedule), params.head_dim);
+  return KeySplit::workspace_bytes(schedule.parts, schedule.shared_rows(HopperForwardTile<T, kHeadDim>::kQueries),
+                                   params.head_dim);
 }
 
 // For calls that fits_hopper_forward.
@@ -354,7 +350,7 @@ int32_t launch_hopper_forward(const AttentionParams& params) {
   if (error == 0) error = encode_keys<typename Tile::Keys>(maps.keys, params);
   if (error != 0) return error;
 
-  const int64_t rows = shared_rows<T, kHeadDim>(schedule);
+  const int64_t rows = schedule.shared_rows(Tile::kQueries);
   const KeySplit split(schedule.parts, rows, params.head_dim, params.workspace);
   error = ptx::launch(hopper_forward_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(schedule.blocks)),
                       dim3(Tile::Block::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);

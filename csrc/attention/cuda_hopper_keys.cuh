@@ -9,11 +9,17 @@ struct KeyMaps {
   int32_t page_rows;  // of a box of a page
 };
 
+// In tiles of type Tile.
+template <typename Tile>
+int32_t page_rows_of_box(const PagedPast& past) {
+  return past.k_pages == nullptr ? 1 : page_box_rows(past.page_size, Tile::kRows);
+}
+
 // For tiles of type Tile.
 template <typename Tile>
 int32_t encode_keys(KeyMaps& maps, const AttentionParams& params) {
   const PagedPast& past = params.past;
-  maps.page_rows = past.k_pages == nullptr ? 1 : page_box_rows(past.page_size, Tile::kRows);
+  maps.page_rows = page_rows_of_box<Tile>(past);
   const auto own = [&](ptx::TensorMap& map, const ConstHeads& heads) {
     return encode_heads<Tile>(map, heads, params.batch, params.num_keys, params.num_kv_heads, params.head_dim);
   };
@@ -77,10 +83,10 @@ __device__ __forceinline__ ColumnTile past_tile(const PagedPast& past, const Key
 
 // Tiles that the past of a head can need: every span may begin and end in one that is not full.
 template <typename Tile>
-int32_t max_past_tiles(const PagedPast& past, const KeyMaps& maps) {
+int32_t max_past_tiles(const PagedPast& past) {
   const int64_t positions = past.table_stride * past.page_size;
-  return static_cast<int32_t>((positions + static_cast<int64_t>(past.num_spans) * (Tile::kRows + maps.page_rows - 2)) /
-                              Tile::kRows);
+  const int64_t ends = static_cast<int64_t>(past.num_spans) * (Tile::kRows + page_rows_of_box<Tile>(past) - 2);
+  return static_cast<int32_t>((positions + ends) / Tile::kRows);
 }
 
 // Where nothing is visible may be anything, which a probability of zero does not make zero: rows outside of [first,

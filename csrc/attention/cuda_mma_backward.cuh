@@ -2,8 +2,12 @@
 // delta per query (cuda_statistics.cuh); grad_q by tiles of queries over the keys they see; grad_k and grad_v by tiles
 // of keys over the queries that see them (FlashAttention-2, arXiv 2307.08691, section 3.1.2, with the loops apart).
 // Probabilities are computed anew from lse and never leave the registers.
+//
+// With fewer tiles of queries than multiprocessors, several thread blocks share a tile of grad_q.
 #pragma once
 #include "cuda_mma_tiles.cuh"
+#include "cuda_parts.cuh"
+#include "cuda_schedule.cuh"
 #include "cuda_statistics.cuh"
 
 namespace selfforcing::attention_cuda {
@@ -27,7 +31,8 @@ template <typename T, int kHeadDim>
 using MmaGradKVTile = MmaBackwardTile<T, kHeadDim, kHeadDim <= 64 ? 64 : 32>;
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(const AttentionBackwardParams params) {
+__global__ void __launch_bounds__(kMmaThreads, kOneBlock)
+    mma_grad_q_kernel(const AttentionBackwardParams params, const GradientParts parts) {
   using Tile = MmaGradQTile<T, kHeadDim>;
   constexpr int kN = Tile::kColumns / kFragmentColumns;
   SELFFORCING_DYNAMIC_SHARED(shared);
@@ -41,12 +46,13 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
       find_row_tile<Tile::kRows>(params.spans, params.num_queries,
                                  static_cast<int32_t>(gridDim.x - 1 - blockIdx.x));  // longest first
   if (queries.count <= 0) return;
-  const Place place = place_of_query_head(params);
-  q_tile.copy(head_rows<const T>(params.q, place.stream, place.head), queries.start, queries.count, params.head_dim);
-  grad_out_tile.copy(head_rows<const T>(params.grad_out, place.stream, place.head), queries.start, queries.count,
-                     params.head_dim);
+  const int32_t part = static_cast<int32_t>(blockIdx.z) % parts.parts;
+  const int32_t stream = static_cast<int32_t>(blockIdx.z) / parts.parts, head = static_cast<int32_t>(blockIdx.y);
+  const int32_t kv_head = head / (params.num_heads / params.num_kv_heads);
+  q_tile.copy(head_rows<const T>(params.q, stream, head), queries.start, queries.count, params.head_dim);
+  grad_out_tile.copy(head_rows<const T>(params.grad_out, stream, head), queries.start, queries.count, params.head_dim);
   const int first_row = warp() * kFragmentRows;
-  const int64_t row_of_tile = row_of_head(params, place.stream, place.head) + queries.start;
+  const int64_t row_of_tile = row_of_head(params, stream, head) + queries.start;
   RowStatistics statistics[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -54,11 +60,12 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
     statistics[i] = read_statistics(params, row_of_tile, row, row < queries.count);
   }
 
-  const auto source = [&](bool values) { return KeySource<T>{params, place.stream, place.kv_head, values}; };
+  const auto source = [&](bool values) { return KeySource<T>{params, stream, kv_head, values}; };
   const float scale_log2 = params.softmax_scale * kLog2E;
   Fragments<1, kHeadDim / kFragmentColumns> grad_q;
   ColumnTiles<Tile::kColumns> key_tiles(params.spans, queries.block, params.num_keys);
-  key_tiles.prepend(params.past, place.stream, place.kv_head);
+  key_tiles.prepend(params.past, stream, kv_head);
+  key_tiles.take_every(parts.parts, part);
   stream_tiles<Tile::kStages, ColumnTile>(
       [&](ColumnTile& keys) { return key_tiles.next(keys); },
       [&](const ColumnTile& keys, int stage) {
@@ -87,8 +94,22 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock) mma_grad_q_kernel(cons
             }
         add_product(grad_q, grad, key_tile(stage, false));
       });
-  store_rows(grad_q, params.softmax_scale, q_tile, head_rows<T>(params.grad_q, place.stream, place.head), queries.start,
-             queries.count, params.head_dim);
+  if (parts.parts > 1)
+    store_sums(grad_q, params.softmax_scale, parts.at(part * parts.rows + row_of_tile), queries.count, params.head_dim);
+  else
+    store_rows(grad_q, params.softmax_scale, q_tile, head_rows<T>(params.grad_q, stream, head), queries.start,
+               queries.count, params.head_dim);
+}
+
+// Joins the parts of every query, one warp each.
+template <typename T>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_grad_q_kernel(const AttentionBackwardParams params, const GradientParts parts) {
+  const int32_t query = static_cast<int32_t>(blockIdx.x) * kJoinRows + warp();
+  if (query >= params.num_queries) return;
+  const Place place = place_of_query_head(params);
+  parts.join(row_of_head(params, place.stream, place.head) + query,
+             head_rows<T>(params.grad_q, place.stream, place.head).at(query));
 }
 
 // Adds factor * sums, a warp's rows of a tile of the past, to the pages of gradients.
@@ -208,19 +229,39 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
 }
 
 template <typename T, int kHeadDim>
+GradientParts parts_of_grad_q(const AttentionBackwardParams& params) {
+  using Tile = MmaGradQTile<T, kHeadDim>;
+  return {parts_of_keys(params, Tile::kRows, Tile::kColumns), params.head_dim, num_query_rows(params),
+          static_cast<float*>(params.workspace)};
+}
+
+template <typename T, int kHeadDim>
+int64_t mma_backward_workspace_bytes(const AttentionBackwardParams& params) {
+  return parts_of_grad_q<T, kHeadDim>(params).bytes();
+}
+
+template <typename T, int kHeadDim>
+int32_t launch_mma_grad_q(const AttentionBackwardParams& params) {
+  using Tile = MmaGradQTile<T, kHeadDim>;
+  const GradientParts parts = parts_of_grad_q<T, kHeadDim>(params);
+  const unsigned heads = static_cast<unsigned>(params.num_heads), batch = static_cast<unsigned>(params.batch);
+  const dim3 grid(max_row_tiles(params.num_queries, params.spans, Tile::kRows), heads,
+                  batch * static_cast<unsigned>(parts.parts));
+  const int32_t error = ptx::launch(mma_grad_q_kernel<T, kHeadDim>, grid, dim3(kMmaThreads), Tile::kSharedBytes,
+                                    params.stream, params, parts);
+  if (error != 0 || parts.parts == 1) return error;
+  const dim3 join_grid((static_cast<unsigned>(params.num_queries) + kJoinRows - 1) / kJoinRows, heads, batch);
+  return ptx::launch(join_grad_q_kernel<T>, join_grid, dim3(kJoinThreads), 0, params.stream, params, parts);
+}
+
+template <typename T, int kHeadDim>
 int32_t launch_mma_backward(const AttentionBackwardParams& params) {
   if (const int32_t error = launch_delta<T>(params)) return error;
-  const unsigned batch = static_cast<unsigned>(params.batch);
-  using QTile = MmaGradQTile<T, kHeadDim>;
-  const dim3 q_grid(max_row_tiles(params.num_queries, params.spans, QTile::kRows),
-                    static_cast<unsigned>(params.num_heads), batch);
-  if (const int32_t error = ptx::launch(mma_grad_q_kernel<T, kHeadDim>, q_grid, dim3(kMmaThreads), QTile::kSharedBytes,
-                                        params.stream, params))
-    return error;
+  if (const int32_t error = launch_mma_grad_q<T, kHeadDim>(params)) return error;
   using KVTile = MmaGradKVTile<T, kHeadDim>;
   const unsigned past_tiles = max_past_tiles(params, KVTile::kRows);
   const dim3 kv_grid(past_tiles + max_row_tiles(params.num_keys, params.query_spans, KVTile::kRows),
-                     static_cast<unsigned>(params.num_kv_heads), batch);
+                     static_cast<unsigned>(params.num_kv_heads), static_cast<unsigned>(params.batch));
   const auto launch_kv = [&](auto* kernel) {
     return ptx::launch(kernel, kv_grid, dim3(kMmaThreads), KVTile::kSharedBytes, params.stream, params, past_tiles);
   };

@@ -4,8 +4,8 @@
 //
 // With fewer tiles of queries than multiprocessors, several thread blocks share a tile.
 #pragma once
-#include "cuda_key_split.cuh"
 #include "cuda_mma_tiles.cuh"
+#include "cuda_parts.cuh"
 #include "cuda_schedule.cuh"
 
 namespace selfforcing::attention_cuda {
@@ -142,15 +142,11 @@ __global__ void __launch_bounds__(kMmaThreads, kOneBlock)
       const int row = first_row + m * kFragmentRows + row_in_fragment(i);
       if (row >= queries.count) continue;
       if (lane() % 4 == 0) lse[row_of_lse + row] = sum == 0.0f ? -INFINITY : softmax.largest[m][i] * kLn2 + logf(sum);
-      if (split.parts == 1) continue;
-      float* const to = split.out + (part * split.rows + row_of_lse + row) * params.head_dim;
-#pragma unroll
-      for (int d = 0; d < kHeadDim / kFragmentColumns; ++d)
-        if (d * kFragmentColumns < params.head_dim)
-          *reinterpret_cast<float2*>(to + column_in_fragments(d, 0)) =
-              float2{out.at[m][d][2 * i], out.at[m][d][2 * i + 1]};
     }
-  if (split.parts == 1)
+  if (split.parts > 1)
+    store_sums(out, 1.0f, split.out + (part * split.rows + row_of_lse) * params.head_dim, queries.count,
+               params.head_dim);
+  else
     store_rows(out, 1.0f, q_tile, head_rows<T>(params.out, stream, head), queries.start, queries.count,
                params.head_dim);
 }
@@ -165,21 +161,17 @@ __global__ void __launch_bounds__(kJoinThreads) join_parts_kernel(const Attentio
   join_parts(split, row, params.head_dim, params.lse + row, head_rows<T>(params.out, stream, head).at(query));
 }
 
-inline int64_t num_rows(const AttentionParams& params) {
-  return static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
-}
-
 template <typename T, int kHeadDim>
 int64_t mma_forward_workspace_bytes(const AttentionParams& params) {
   using Tile = MmaForwardTile<T, kHeadDim>;
-  return KeySplit::workspace_bytes(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_rows(params),
+  return KeySplit::workspace_bytes(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_query_rows(params),
                                    params.head_dim);
 }
 
 template <typename T, int kHeadDim>
 int32_t launch_mma_forward(const AttentionParams& params) {
   using Tile = MmaForwardTile<T, kHeadDim>;
-  const KeySplit split(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_rows(params), params.head_dim,
+  const KeySplit split(parts_of_keys(params, Tile::kQueries, Tile::kKeys), num_query_rows(params), params.head_dim,
                        params.workspace);
   const unsigned heads = static_cast<unsigned>(params.num_heads), batch = static_cast<unsigned>(params.batch);
   const dim3 grid(max_row_tiles(params.num_queries, params.spans, Tile::kQueries), heads,

@@ -236,6 +236,25 @@ __device__ __forceinline__ void stream_tiles(const Next& next, const Copy& copy,
   __syncthreads();
 }
 
+// Writes factor * sums to rows of head_dim floats, of which the block has `count`.
+template <int kM, int kD>
+__device__ __forceinline__ void store_sums(const Fragments<kM, kD>& sums, float factor, float* rows, int32_t count,
+                                           int32_t head_dim) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = (warp() * kM + m) * kFragmentRows + row_in_fragment(i);
+      if (row >= count) continue;
+      float* const to = rows + static_cast<int64_t>(row) * head_dim;
+#pragma unroll
+      for (int d = 0; d < kD; ++d)
+        if (d * kFragmentColumns < head_dim)
+          *reinterpret_cast<float2*>(to + column_in_fragments(d, 0)) =
+              float2{sums.at[m][d][2 * i] * factor, sums.at[m][d][2 * i + 1] * factor};
+    }
+}
+
 // Writes factor * sums to the rows `start` + 16 kM * warp and following, of which the block has `count`, through the
 // rows of `tile` that this warp alone has read.
 template <typename T, int kM, int kD, int kRows>

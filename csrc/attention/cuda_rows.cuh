@@ -240,5 +240,9 @@ __device__ __forceinline__ Place place_of_query_head(const AttentionParams& para
 __device__ __forceinline__ int64_t row_of_head(const AttentionParams& params, int32_t stream, int32_t head) {
   return (static_cast<int64_t>(stream) * params.num_heads + head) * params.num_queries;
 }
+// Of all heads of all streams.
+inline int64_t num_query_rows(const AttentionParams& params) {
+  return static_cast<int64_t>(params.batch) * params.num_heads * params.num_queries;
+}
 
 }  // namespace selfforcing::attention_cuda

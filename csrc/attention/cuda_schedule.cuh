@@ -57,7 +57,10 @@ struct RoundSchedule {
     blocks = std::min(items, processors);
   }
 
-  int32_t shared_tiles() const { return (items - whole_tiles) / parts; }
+  // Of the tiles that have parts.
+  int64_t shared_rows(int32_t rows_per_tile) const {
+    return static_cast<int64_t>((items - whole_tiles) / parts) * rows_per_tile;
+  }
 
   __device__ __forceinline__ TilePart at(int32_t item) const {
     const int32_t shared_item = item - whole_tiles;

@@ -248,6 +248,8 @@ inline std::vector<Case> cases() {
       c.format = format, c.dim = 64, c.k_offset = c.grad_pages = true, c.bias = {1.5f, -0.75f};
       c.rope_grid = {20, 4, 3};
     });
+  all.push_back({"few of many keys", 1, 1, 1, 64, {0, 20}, {{{3, 11}}}, 1300});
+  all.push_back({"none of many keys", 1, 1, 1, 64, {0, 20}, {{}}, 1300});
   return all;
 }
 

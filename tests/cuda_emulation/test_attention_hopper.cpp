@@ -7,6 +7,7 @@
 
 #include "../../csrc/attention/cuda_dispatch.h"
 #include "../../csrc/attention/cuda_hopper_fit.h"
+#include "../../csrc/attention/cuda_schedule.cuh"
 #include "../../csrc/tests/attention_problems.h"
 #include "launch.h"
 
@@ -106,6 +107,69 @@ std::vector<Case> hopper_cases() {
   return all;
 }
 
+// Backward passes of which the emulated four multiprocessors split a last round: numbers of parts that do not divide
+// the tiles, parts that see nothing, rows that see nothing, parts of own keys and of pages with and without a border
+// within a box.
+std::vector<Case> cases_with_parts() {
+  std::vector<Case> all;
+  for (int dim : {40, 72, 128}) {
+    all.push_back({"a tile and a round", 1, 5, 5, dim, {0, 9}, {{{0, 600}}}, 600});
+    all.push_back({"many queries on few keys", 1, 3, 1, dim, {0, 420}, {{{0, 10}}}, 10});
+  }
+  const Case blocks{"parts without keys",
+                    1,
+                    1,
+                    1,
+                    64,
+                    {0, 5, 21, 30, 60, 90},
+                    {{{3, 9}, {11, 12}}, {}, {{40, 51}}, {{0, 350}}, {{100, 200}}},
+                    350};
+  all.push_back(blocks);
+  all.push_back(blocks);
+  all.back().name = "parts of rows without keys", all.back().spans[0] = {};
+  all.push_back({"parts without queries", 1, 2, 2, 64, {0, 300}, {{{3, 20}}}, 25});
+  all.push_back({"parts of a list per head",
+                 1,
+                 6,
+                 2,
+                 96,
+                 {0, 3},
+                 {{{0, 33}}},
+                 33,
+                 24,
+                 {{{0, 7}, {14, 40}}, {{0, 21}, {30, 900}}},
+                 1,
+                 true,
+                 -0.5f,
+                 {1.5f, -0.75f}});
+  all.push_back({"parts of pages with gradients",
+                 1,
+                 4,
+                 1,
+                 96,
+                 {0, 200},
+                 {{}},
+                 0,
+                 24,
+                 {{{1, 5}, {9, 14}, {17, 22}, {26, 30}, {35, 45}}},
+                 1,
+                 true,
+                 0,
+                 {1, 2, -1, 0.5f, -0.5f},
+                 true});
+  for (Case& c : all) c.gaps = 8;
+  return all;
+}
+
+// Of backward calls: those that were asked how much workspace they need, and those that need some.
+int num_calls = 0, num_calls_with_parts = 0;
+
+int64_t backward_workspace_bytes(const AttentionBackwardParams& params) {
+  const int64_t bytes = attention_cuda::hopper_backward_workspace_bytes(params);
+  ++num_calls, num_calls_with_parts += bytes > 0;
+  return bytes;
+}
+
 // Every other launch runs the threads of a block in another order.
 template <auto kLaunch, auto kFits, typename Params>
 void launch(const Params& params) {
@@ -116,6 +180,53 @@ void launch(const Params& params) {
   ++launches;
   if (!kFits(params)) throw std::runtime_error("the kernels do not take this call");
   emulation::launch<kLaunch>(params);
+}
+
+// Every part of every tile is one item, and those of an H100 are as docs/performance.md has them.
+int check_schedule() {
+  using attention_cuda::RoundSchedule;
+  int failures = 0;
+  const auto fail = [&](const char* what, int tiles, int columns, int processors) {
+    ++failures;
+    std::printf("FAILED  schedule of %d tiles over %d columns on %d multiprocessors: %s\n", tiles, columns, processors,
+                what);
+  };
+  for (int processors : {1, 4, 7})
+    for (int tiles = 0; tiles < 30; ++tiles)
+      for (int columns : {0, 1, 2, 9, 100}) {
+        const RoundSchedule schedule(tiles, columns, processors);
+        std::vector<int> parts_of(tiles);
+        for (int item = 0; item < schedule.items; ++item) {
+          const attention_cuda::TilePart at = schedule.at(item);
+          if (at.tile >= tiles || at.part != parts_of[at.tile]++ || at.part >= at.parts) {
+            fail("an item is not the next part of a tile", tiles, columns, processors);
+            break;
+          }
+          if (at.shared_tile != (at.parts == 1 ? -1 : at.tile - schedule.whole_tiles))
+            fail("a shared tile has another's place", tiles, columns, processors);
+          if (at.parts > std::max(columns, 1)) fail("more parts than columns", tiles, columns, processors);
+        }
+        for (int tile = 0; tile < tiles; ++tile)
+          if (parts_of[tile] != (tile < schedule.whole_tiles ? 1 : schedule.parts))
+            fail("a part of a tile is missing", tiles, columns, processors);
+        if (schedule.blocks != std::min(schedule.items, processors))
+          fail("not as many thread blocks as there is room and work for", tiles, columns, processors);
+      }
+  struct Known {
+    int tiles, columns, whole_tiles, parts;
+  };
+  for (const Known& known : {Known{444, 256, 396, 8},
+                             {444, 74, 396, 5},
+                             {156, 256, 132, 5},
+                             {156, 25, 132, 5},
+                             {12, 256, 0, 11},
+                             {12, 1, 12, 1},
+                             {132, 256, 132, 1}}) {
+    const RoundSchedule schedule(known.tiles, known.columns, 132);
+    if (schedule.whole_tiles != known.whole_tiles || schedule.parts != known.parts)
+      fail("not as documented", known.tiles, known.columns, 132);
+  }
+  return failures;
 }
 
 // What the kernels must leave to others, each change alone.
@@ -191,10 +302,19 @@ int main(int argc, char** argv) {
   using namespace attention_cuda;
   const attention_test::Kernels kernels{
       hopper_forward_workspace_bytes, launch<hopper_forward, fits_hopper_forward, AttentionParams>,
-      attention_backward_workspace_bytes_cuda, launch<hopper_backward, fits_hopper_backward, AttentionBackwardParams>};
+      backward_workspace_bytes, launch<hopper_backward, fits_hopper_backward, AttentionBackwardParams>};
   check_that_blocks_are_apart(kernels);
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
-  const bool passed = attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures,
-                                                hopper_cases(), {DType::bfloat16, DType::float16});
-  return check_fits() == 0 && passed ? 0 : 1;
+  const auto check_all = [&](const std::vector<Case>& all) {
+    return attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures, all,
+                                     {DType::bfloat16, DType::float16});
+  };
+  bool passed = check_all(hopper_cases());
+  num_calls = num_calls_with_parts = 0;
+  passed = check_all(cases_with_parts()) && passed;
+  if (num_calls == 0 || num_calls_with_parts != num_calls) {
+    std::printf("FAILED  only %d of %d backward passes had parts\n", num_calls_with_parts, num_calls);
+    passed = false;
+  }
+  return check_schedule() == 0 && check_fits() == 0 && passed ? 0 : 1;
 }
