@@ -43,11 +43,11 @@ struct RoundSchedule {
 
   RoundSchedule(int32_t tiles, int64_t column_tiles, int32_t processors = ptx::multiprocessors()) {
     const int32_t last_round = tiles % processors;
-    // As many parts as make the last rounds shortest. To start, end and join a part takes about as long as some tiles
-    // of columns.
+    // As many parts as make the last rounds shortest. To start, end and join parts takes about as long as some tiles of
+    // columns.
     constexpr int64_t kOverhead = 4, kMostParts = 64;
     const auto length = [&](int64_t n) {
-      return (last_round * n + processors - 1) / processors * ((column_tiles + n - 1) / n + kOverhead);
+      return (last_round * n + processors - 1) / processors * ((column_tiles + n - 1) / n + (n > 1 ? kOverhead : 0));
     };
     parts = 1;
     for (int32_t more = 2; more <= kMostParts && more <= column_tiles; ++more)

@@ -248,8 +248,9 @@ inline std::vector<Case> cases() {
       c.format = format, c.dim = 64, c.k_offset = c.grad_pages = true, c.bias = {1.5f, -0.75f};
       c.rope_grid = {20, 4, 3};
     });
-  all.push_back({"few of many keys", 1, 1, 1, 64, {0, 20}, {{{3, 11}}}, 1300});
-  all.push_back({"none of many keys", 1, 1, 1, 64, {0, 20}, {{}}, 1300});
+  all.push_back({"few queries, many keys", 1, 1, 1, 16, {0, 3}, {{{5, 1299}}}, 1300});
+  all.push_back({"few queries that see few of many keys", 1, 1, 1, 16, {0, 3}, {{{3, 11}}}, 1300});
+  all.push_back({"few queries that see none of many keys", 1, 1, 1, 16, {0, 3}, {{}}, 1300});
   return all;
 }
 

@@ -113,7 +113,7 @@ std::vector<Case> hopper_cases() {
 std::vector<Case> cases_with_parts() {
   std::vector<Case> all;
   for (int dim : {40, 72, 128}) {
-    all.push_back({"a tile and a round", 1, 5, 5, dim, {0, 9}, {{{0, 600}}}, 600});
+    all.push_back({"a tile and a round", 1, 5, 5, dim, {0, 2}, {{{0, 1800}}}, 1800});
     all.push_back({"many queries on few keys", 1, 3, 1, dim, {0, 420}, {{{0, 10}}}, 10});
   }
   const Case blocks{"parts without keys",
@@ -121,13 +121,13 @@ std::vector<Case> cases_with_parts() {
                     1,
                     1,
                     64,
-                    {0, 5, 21, 30, 60, 90},
-                    {{{3, 9}, {11, 12}}, {}, {{40, 51}}, {{0, 350}}, {{100, 200}}},
-                    350};
+                    {0, 2, 4, 6, 8, 10},
+                    {{{3, 9}, {11, 12}}, {}, {{40, 51}}, {{0, 1300}}, {{100, 900}}},
+                    1300};
   all.push_back(blocks);
   all.push_back(blocks);
   all.back().name = "parts of rows without keys", all.back().spans[0] = {};
-  all.push_back({"parts without queries", 1, 2, 2, 64, {0, 300}, {{{3, 20}}}, 25});
+  all.push_back({"parts without queries", 1, 2, 2, 40, {0, 920}, {{{3, 20}}}, 25});
   all.push_back({"parts of a list per head",
                  1,
                  6,
@@ -137,7 +137,7 @@ std::vector<Case> cases_with_parts() {
                  {{{0, 33}}},
                  33,
                  24,
-                 {{{0, 7}, {14, 40}}, {{0, 21}, {30, 900}}},
+                 {{{0, 7}, {14, 40}}, {{0, 21}, {30, 1250}}},
                  1,
                  true,
                  -0.5f,
@@ -220,6 +220,7 @@ int check_schedule() {
                              {156, 256, 132, 5},
                              {156, 25, 132, 5},
                              {12, 256, 0, 11},
+                             {48, 74, 0, 5},
                              {12, 1, 12, 1},
                              {132, 256, 132, 1}}) {
     const RoundSchedule schedule(known.tiles, known.columns, 132);
