@@ -69,7 +69,7 @@ struct GradientParts {
       write(channel, grads);
     }
   }
-  // Into a row of a tensor.
+  // The same, into a row of a tensor.
   template <typename T>
   __device__ __forceinline__ void join(int64_t row, T* to) const {
     add_up(row, [&](int channel, const float (&grads)[2]) {
