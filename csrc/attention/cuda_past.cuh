@@ -11,29 +11,29 @@
 
 namespace selfforcing::attention_cuda {
 
-// Four bytes or half-bytes of `word` as the numbers that they stand for. Channels come as in PageFormat::int4:
-// `high` is whether they are the high bits.
-__device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bool high, float* values) {
+// Four bytes or half-bytes of `word` as the numbers that they stand for, times `scale`, a bfloat16: exact. Channels come
+// as in PageFormat::int4: `high` is whether they are the high bits.
+__device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bool high, float scale, float* values) {
   if (format == PageFormat::fp8_e4m3) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // Exponent and fraction at the places of a float's, whose exponent counts from 127 instead of 7.
-      const unsigned byte = word >> 8 * i, bits = (byte & 0x80u) << 24 | (byte & 0x7fu) << 20;
-      float scaled;
-      memcpy(&scaled, &bits, sizeof(scaled));
-      values[i] = scaled * 0x1p120f;
+      const unsigned bits = static_cast<unsigned>(static_cast<int>(word << (24 - 8 * i)) >> 4) & 0x87ffffffu;
+      float small;
+      memcpy(&small, &bits, sizeof(small));
+      values[i] = small * 0x1p120f * scale;
     }
     return;
   }
   const bool halves = format == PageFormat::int4;
   const unsigned biased = halves ? (word >> (high ? 4 : 0)) & 0x0f0f0f0fu : word ^ 0x80808080u;
-  const float bias = 0x1p23f + (halves ? 8.0f : 128.0f);
+  const float offset = (-0x1p15f - (halves ? 8.0f : 128.0f)) * scale;  // exact: 13 or 9 bits times 8
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const unsigned bits = 0x4b000000u | (biased >> 8 * i & 0xffu);  // as a float: 2^23 + byte
+    const unsigned bits = 0x47000000u | (biased >> 8 * i & 0xffu) << 8;  // as a float: 2^15 + byte
     float sum;
     memcpy(&sum, &bits, sizeof(sum));
-    values[i] = sum - bias;
+    values[i] = fmaf(sum, scale, offset);
   }
 }
 
@@ -70,10 +70,11 @@ struct KeySource {
   __device__ __forceinline__ Rows<const uint8_t> bytes() const {
     return paged_rows<uint8_t, kWidth>(params.past, values, stream, kv_head);
   }
-  __device__ __forceinline__ int byte_of(int channel) const {
+  __device__ __forceinline__ static int byte_of(PageFormat format, int channel) {
     constexpr int kHalf = kInt4Group / 2;
-    return params.past.format == PageFormat::int4 ? channel / kInt4Group * kHalf + channel % kHalf : channel;
+    return format == PageFormat::int4 ? channel / kInt4Group * kHalf + channel % kHalf : channel;
   }
+  __device__ __forceinline__ int byte_of(int channel) const { return byte_of(params.past.format, channel); }
 
   // Added to the scores of a tile; the second in units of log2.
   __device__ __forceinline__ float bias(const ColumnTile& tile) const {
@@ -86,34 +87,52 @@ struct KeySource {
     const int32_t token = span_of(tile).token + (tile.start - span_of(tile).start) + row;
     return TokenAngles(axes, params.past.rope_table, token, axes.size[0]);
   }
+  // Where row `row` of a tile of the past is.
+  __device__ __forceinline__ PagePlace place(const ColumnTile& tile, int row) const {
+    const PagedPast& past = params.past;
+    return place_in_pages(past.page_table + stream * past.table_stride, past.page_size, tile.start + row);
+  }
+  // Of a quantised row, and which of them belongs to the vector that starts at `channel`.
+  __device__ __forceinline__ const uint16_t* scales(const PagePlace& place) const {
+    const PagedPast& past = params.past;
+    const int64_t row = (place.page * past.page_size + place.offset) * params.num_kv_heads + kv_head;
+    const int groups = past.format == PageFormat::int4 ? params.head_dim / kInt4Group : 1;
+    return (values ? past.v_scales : past.k_scales) + row * groups;
+  }
+  __device__ __forceinline__ static int scale_of(PageFormat format, int channel) {
+    return format == PageFormat::int4 ? channel / kInt4Group : 0;
+  }
   // Of row `row` of a coded tile.
   __device__ __forceinline__ StoredRow stored_row(const ColumnTile& tile, int row) const {
     StoredRow stored;
-    if (quantised(tile)) stored.scales = scales_of(tile.start + row);
+    if (quantised(tile)) stored.scales = scales(place(tile, row));
     if (rotated(tile)) stored.angles = angles(tile, row);
     return stored;
+  }
+
+  // The vector that starts at `channel` of a quantised row, not rotated; `scale` is a bfloat16.
+  __device__ __forceinline__ void dequantise(PageFormat format, uint4 bits, uint16_t scale, int channel,
+                                             float (&x)[kWidth]) const {
+    unsigned words[4];
+    memcpy(words, &bits, sizeof(words));
+    const unsigned scale_bits = static_cast<unsigned>(scale) << 16;
+    float factor;
+    memcpy(&factor, &scale_bits, sizeof(factor));
+    const bool high = channel % kInt4Group >= kInt4Group / 2;
+#pragma unroll
+    for (int i = 0; i < kWidth / 4; ++i) decode_word(format, words[i], high, factor, x + 4 * i);
+    if (values || params.past.k_offset == nullptr) return;
+    const float* offset = params.past.k_offset + static_cast<int64_t>(kv_head) * params.head_dim + channel;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[i] += __ldg(offset + i);
   }
 
   // What the products take, of the vector that starts at `channel` of a row of a coded tile.
   __device__ __forceinline__ uint4 decode(uint4 bits, const ColumnTile& tile, const StoredRow& row, int channel) const {
     float x[kWidth];
     if (quantised(tile)) {
-      unsigned words[4];
-      memcpy(words, &bits, sizeof(words));
-      const bool high = channel % kInt4Group >= kInt4Group / 2;
-#pragma unroll
-      for (int i = 0; i < kWidth / 4; ++i) decode_word(params.past.format, words[i], high, x + 4 * i);
-      const int group = params.past.format == PageFormat::int4 ? channel / kInt4Group : 0;
-      const unsigned scale_bits = static_cast<unsigned>(__ldg(row.scales + group)) << 16;
-      float scale;
-      memcpy(&scale, &scale_bits, sizeof(scale));
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] *= scale;  // exact
-      if (!values && params.past.k_offset != nullptr) {
-        const float* offset = params.past.k_offset + static_cast<int64_t>(kv_head) * params.head_dim + channel;
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) x[i] += __ldg(offset + i);
-      }
+      const PageFormat format = params.past.format;
+      dequantise(format, bits, __ldg(row.scales + scale_of(format, channel)), channel, x);
     } else {
       ptx::unpack<T>(bits, x);
     }
@@ -124,14 +143,6 @@ struct KeySource {
  private:
   __device__ __forceinline__ const PastSpan& span_of(const ColumnTile& tile) const {
     return params.past.spans_of(stream, kv_head)[tile.span];
-  }
-
-  __device__ __forceinline__ const uint16_t* scales_of(int32_t position) const {
-    const PagedPast& past = params.past;
-    const PagePlace place = place_in_pages(past.page_table + stream * past.table_stride, past.page_size, position);
-    const int64_t row = (place.page * past.page_size + place.offset) * params.num_kv_heads + kv_head;
-    const int groups = past.format == PageFormat::int4 ? params.head_dim / kInt4Group : 1;
-    return (values ? past.v_scales : past.k_scales) + row * groups;
   }
 };
 

@@ -194,7 +194,9 @@ struct Rows {
 
   __device__ __forceinline__ T* at(int32_t position) const {
     if (page_table == nullptr) return data + position * stride;
-    const PagePlace place = place_in_pages(page_table, page_size, position);
+    return at(place_in_pages(page_table, page_size, position));
+  }
+  __device__ __forceinline__ T* at(const PagePlace& place) const {
     return data + place.page * page_stride + place.offset * stride;
   }
 };

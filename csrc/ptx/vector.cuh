@@ -20,6 +20,26 @@ __device__ __forceinline__ void store_16_bytes(void* target, uint4 bits) {
 #endif
 }
 
+// ld.global.nc.L1::no_allocate (PTX ISA, "ld.global.nc"): 8 or 16 bytes, aligned to their size, that no thread writes
+// meanwhile and that are read once: they leave L1 to what is read often.
+template <typename Word>
+__device__ __forceinline__ Word load_once(const void* source) {
+  static_assert(sizeof(Word) == 8 || sizeof(Word) == 16);
+  Word word;
+#ifdef __CUDACC__
+  const size_t address = __cvta_generic_to_global(source);
+  if constexpr (sizeof(Word) == 8)
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(address));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+                 : "l"(address));
+#else
+  word = *static_cast<const Word*>(source);
+#endif
+  return word;
+}
+
 // 16 bytes starting at `source`. Not aligned to 16 bytes: element by element.
 template <typename T>
 __device__ __forceinline__ uint4 load_vector(const T* source, bool aligned) {
