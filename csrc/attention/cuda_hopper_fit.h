@@ -32,16 +32,33 @@ bool fits_tensor_map(const Heads<Pointer>& tensor, int64_t streams, int64_t rows
          fits(tensor.token_stride, rows) && fits(tensor.head_stride, heads);
 }
 
-inline bool fits_hopper_tiles(const AttentionParams& p) {
-  constexpr int32_t kLeastHeadDim = 40, kMostHeadDim = 128;
-  const PagedPast& past = p.past;
-  const auto pages_fit = [&](bool values) {
-    return fits_tensor_map(heads_of_pages(past, values), past.num_pages, past.page_size, p.num_kv_heads);
+// Whether pages hold something else than what the products take: quantised elements, or keys without their rotation.
+inline bool has_coded_pages(const PagedPast& past) {
+  return past.k_pages != nullptr && (past.format != PageFormat::elements || past.rope_table != nullptr);
+}
+
+// Pages of elements. Keys that are rotated when they are read are loaded 16 bytes at a time, which asks for less.
+inline bool fits_page_copies(const AttentionParams& p) {
+  const auto fits = [&](bool values) {
+    return fits_tensor_map(heads_of_pages(p.past, values), p.past.num_pages, p.past.page_size, p.num_kv_heads);
   };
-  const bool past_fits =
-      past.k_pages == nullptr || (past.format == PageFormat::elements && past.rope_table == nullptr &&
-                                  past.page_size % 8 == 0 && pages_fit(false) && pages_fit(true));
-  return p.dtype != DType::float32 && p.head_dim >= kLeastHeadDim && p.head_dim <= kMostHeadDim && past_fits &&
+  return p.past.format == PageFormat::elements && p.past.page_size % 8 == 0 && fits(false) && fits(true);
+}
+
+// Quantised pages, of any size: they are loaded 8 bytes at a time.
+inline bool fits_page_loads(const PagedPast& past) {
+  const auto fits = [](const void* data, int64_t page_stride, int64_t token_stride, int64_t head_stride) {
+    return (reinterpret_cast<uintptr_t>(data) | page_stride | token_stride | head_stride) % 8 == 0;
+  };
+  return past.format != PageFormat::elements &&
+         fits(past.k_pages, past.k_page_stride, past.k_token_stride, past.k_head_stride) &&
+         fits(past.v_pages, past.v_page_stride, past.v_token_stride, past.v_head_stride);
+}
+
+// Everything but the past.
+inline bool fits_hopper_tensors(const AttentionParams& p) {
+  constexpr int32_t kLeastHeadDim = 40, kMostHeadDim = 128;
+  return p.dtype != DType::float32 && p.head_dim >= kLeastHeadDim && p.head_dim <= kMostHeadDim &&
          fits_tensor_map(p.q, p.batch, p.num_queries, p.num_heads) &&
          fits_tensor_map(p.k, p.batch, p.num_keys, p.num_kv_heads) &&
          fits_tensor_map(p.v, p.batch, p.num_keys, p.num_kv_heads);
@@ -49,12 +66,15 @@ inline bool fits_hopper_tiles(const AttentionParams& p) {
 
 // Masked scores are -inf before they are scaled: the scale must not make NaN of them.
 inline bool fits_hopper_forward(const AttentionParams& p) {
-  return fits_hopper_tiles(p) && std::isnormal(p.softmax_scale) &&
+  const bool past_fits = p.past.k_pages == nullptr || fits_page_copies(p) || fits_page_loads(p.past);
+  return fits_hopper_tensors(p) && past_fits && std::isnormal(p.softmax_scale) &&
          fits_tensor_map(p.out, p.batch, p.num_queries, p.num_heads);
 }
 
+// Coded pages go to the kernels for every GPU.
 inline bool fits_hopper_backward(const AttentionBackwardParams& p) {
-  return fits_hopper_tiles(p) && fits_tensor_map(p.grad_out, p.batch, p.num_queries, p.num_heads) &&
+  const bool past_fits = p.past.k_pages == nullptr || (!has_coded_pages(p.past) && fits_page_copies(p));
+  return fits_hopper_tensors(p) && past_fits && fits_tensor_map(p.grad_out, p.batch, p.num_queries, p.num_heads) &&
          fits_tensor_map(p.grad_q, p.batch, p.num_queries, p.num_heads) &&
          fits_tensor_map(p.grad_k, p.batch, p.num_keys, p.num_kv_heads) &&
          fits_tensor_map(p.grad_v, p.batch, p.num_keys, p.num_kv_heads);

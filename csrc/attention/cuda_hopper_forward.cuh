@@ -5,22 +5,27 @@
 // next keys and that with the values of the keys before run while it computes a softmax (section 3.2 there), and the
 // consumers take turns in asking for products, so that one's softmax falls into the other's products (section 3.1).
 //
+// Where pages have to be decoded, all four warps of the producer's warpgroup do that (cuda_hopper_decode.cuh).
+//
 // The grid is as large as the GPU. Tiles of queries go to its thread blocks round after round, those of later blocks,
 // which see more keys, first. What does not fill a last round is split over keys.
 #pragma once
-#include "cuda_hopper_keys.cuh"
+#include "cuda_hopper_decode.cuh"
 #include "cuda_parts.cuh"
 #include "cuda_schedule.cuh"
 
 namespace selfforcing::attention_cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDecodes>
 struct HopperForwardTile {
-  using Block = HopperBlock<kHeadDim <= 64 ? 3 : 2>;
+  using Block = HopperBlock<kHeadDim <= 64 && !kDecodes ? 3 : 2, kDecodes>;
   static constexpr int kConsumers = Block::kConsumers;
   static constexpr int kQueries = kConsumers * kWarpgroupRows;
-  static constexpr int kKeys = kHeadDim <= 64 ? 128 : 192;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  static constexpr int kKeys = kDecodes ? 96 : kHeadDim <= 64 ? 128 : 192;
+  static constexpr int kStages = kDecodes || kHeadDim <= 64 ? 4 : 2;
+  // Named barriers: the consumers' turns, all consumers, the producer.
+  static constexpr int kConsumersBarrier = Turns<kConsumers>::kFirstBarrier + kConsumers;
+  static constexpr int kProducerBarrier = kConsumersBarrier + 1;
 
   using Queries = HopperTile<T, kQueries, kHeadDim>;
   using Keys = HopperTile<T, kKeys, kHeadDim>;
@@ -42,9 +47,9 @@ struct alignas(16) ForwardKeys {
   int32_t last;  // of this work
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDecodes>
 struct HopperForwardShared {
-  using Tile = HopperForwardTile<T, kHeadDim>;
+  using Tile = HopperForwardTile<T, kHeadDim, kDecodes>;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kKnownTiles = 2 * kStages;  // keys may be gone while values are read
 
@@ -61,14 +66,15 @@ struct ForwardMaps {
   KeyMaps keys;
 };
 
-// The producer: one warp.
-template <typename T, int kHeadDim>
+// The producer: all of its warps, each of which finds the same tiles. `filler` fills buffers with them.
+template <typename T, int kHeadDim, bool kDecodes, typename Filler>
 __device__ __forceinline__ void produce_forward(const AttentionParams& params, const ForwardMaps& maps,
-                                                const RoundSchedule& schedule,
-                                                HopperForwardShared<T, kHeadDim>& shared) {
-  using Tile = HopperForwardTile<T, kHeadDim>;
+                                                const RoundSchedule& schedule, Filler filler,
+                                                HopperForwardShared<T, kHeadDim, kDecodes>& shared) {
+  using Tile = HopperForwardTile<T, kHeadDim, kDecodes>;
   BufferPosition<1> queries;
   BufferPosition<Tile::kStages> keys;
+  const bool leads = Tile::Block::leads();
 
   for (;; ++queries.use) {
     const int32_t item = item_of_round(static_cast<int32_t>(queries.use));
@@ -77,11 +83,11 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
     if (item < schedule.items)
       rows = find_row_tile<Tile::kQueries, true>(params.spans, params.num_queries, part.tile,
                                                  params.batch * params.num_heads);
-    queries.wait_empty(shared.query_barriers);
+    if (leads) queries.wait_empty(shared.query_barriers);
     const ptx::SharedAddress queries_full = queries.full(shared.query_barriers);
     ForwardWork& work = shared.work[queries.use % 2];
     if (rows.count == 0) {
-      if (lane() == 0) {
+      if (leads && lane() == 0) {
         work.count = 0;
         ptx::barrier_arrive(queries_full);
       }
@@ -95,7 +101,7 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
     tiles.take_every(part.parts, part.part);
     ColumnTile tile;
     bool more = tiles.next(tile);
-    if (lane() == 0) {
+    if (leads && lane() == 0) {
       work = {rows.start, rows.count, stream, head, part.part, part.shared_tile, more};
       if (more) {
         ptx::barrier_arrive_expect(queries_full, Tile::Queries::kBytes);
@@ -104,19 +110,20 @@ __device__ __forceinline__ void produce_forward(const AttentionParams& params, c
         ptx::barrier_arrive(queries_full);
       }
     }
+    if (more) filler.start(stream, kv_head, tile);
     for (; more; ++keys.use) {
       const ColumnTile now = tile;
       more = tiles.next(tile);
+      if (!more) tile = {0, 0, -1};
+      filler.advance(tile);
       const int first = first_row(maps.keys, now);
       keys.wait_empty(shared.key_barriers);
-      if (lane() == 0)
+      if (leads && lane() == 0)
         shared.tiles[keys.use % shared.kKnownTiles] = {
             first, first + now.count, KeySource<T>{params, stream, kv_head, false}.bias_log2(now), !more};
-      load_keys(params, maps.keys, now, stream, kv_head, false, typename Tile::Keys(shared.keys[keys.stage()]),
-                keys.full(shared.key_barriers));
+      filler.template fill<false>(typename Tile::Keys(shared.keys[keys.stage()]), keys.full(shared.key_barriers));
       keys.wait_empty(shared.value_barriers);
-      load_keys(params, maps.keys, now, stream, kv_head, true, typename Tile::Keys(shared.values[keys.stage()]),
-                keys.full(shared.value_barriers));
+      filler.template fill<true>(typename Tile::Keys(shared.values[keys.stage()]), keys.full(shared.value_barriers));
     }
   }
 }
@@ -168,12 +175,11 @@ struct ConsumerSoftmax {
   }
 };
 
-// Writes a consumer's rows, from `first` on of the tile, and their lse.
-template <typename T, int kHeadDim>
+// Writes a consumer's rows, from `first` on of a tile of kQueries, and their lse.
+template <typename T, int kQueries, int kHeadDim>
 __device__ __forceinline__ void store_forward(const AttentionParams& params, const KeySplit& split,
                                               const ForwardWork& work, int first, const ConsumerSoftmax& softmax,
                                               const float (&out)[kHeadDim / 2]) {
-  constexpr int kQueries = HopperForwardTile<T, kHeadDim>::kQueries;
   const Rows<T> rows = head_rows<T>(params.out, work.stream, work.head);
   const int column = column_in_fragments(0, 0);
 #pragma unroll
@@ -205,10 +211,10 @@ __device__ __forceinline__ void store_forward(const AttentionParams& params, con
 }
 
 // A consumer: one warpgroup, number `group`.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDecodes>
 __device__ __forceinline__ void consume_forward(const AttentionParams& params, const KeySplit& split, int group,
-                                                HopperForwardShared<T, kHeadDim>& shared) {
-  using Tile = HopperForwardTile<T, kHeadDim>;
+                                                HopperForwardShared<T, kHeadDim, kDecodes>& shared) {
+  using Tile = HopperForwardTile<T, kHeadDim, kDecodes>;
   const typename Tile::Queries q_tile(shared.queries);
   const float scale_log2 = fabsf(params.softmax_scale) * kLog2E;
   const Turns<Tile::kConsumers> turns(group);
@@ -232,7 +238,7 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
     const int first = known(newest.use).first, end = known(newest.use).end;
     if (first == 0 && end == Tile::kKeys) return;
     clear_invisible(typename Tile::Keys(shared.values[newest.stage()]), first, end, Tile::Block::kConsumerThreads);
-    ptx::named_barrier_sync(Turns<Tile::kConsumers>::kFirstBarrier + Tile::kConsumers, Tile::Block::kConsumerThreads);
+    ptx::named_barrier_sync(Tile::kConsumersBarrier, Tile::Block::kConsumerThreads);
   };
   const auto multiply_values = [&](float (&out)[kHeadDim / 2], const unsigned (&weights)[Tile::kKeys / 16][4]) {
     add_product(out, weights, typename Tile::Keys(shared.values[values.stage()]));
@@ -282,19 +288,20 @@ __device__ __forceinline__ void consume_forward(const AttentionParams& params, c
     } else {
       queries.release(shared.query_barriers);
     }
-    store_forward<T, kHeadDim>(params, split, work, group * kWarpgroupRows + warp() % kWarpgroupWarps * kFragmentRows,
-                               softmax, out);
+    store_forward<T, Tile::kQueries, kHeadDim>(
+        params, split, work, group * kWarpgroupRows + warp() % kWarpgroupWarps * kFragmentRows, softmax, out);
   }
   turns.finish();
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::Block::kThreads, kOneBlock)
+// `kDecodes`: whether the past has_coded_pages.
+template <typename T, int kHeadDim, bool kDecodes>
+__global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim, kDecodes>::Block::kThreads, kOneBlock)
     hopper_forward_kernel(const AttentionParams params, const __grid_constant__ ForwardMaps maps,
                           const RoundSchedule schedule, const KeySplit split) {
-  using Tile = HopperForwardTile<T, kHeadDim>;
+  using Tile = HopperForwardTile<T, kHeadDim, kDecodes>;
   SELFFORCING_DYNAMIC_SHARED(bytes);
-  auto& shared = *reinterpret_cast<HopperForwardShared<T, kHeadDim>*>(bytes);
+  auto& shared = *reinterpret_cast<HopperForwardShared<T, kHeadDim, kDecodes>*>(bytes);
   if (threadIdx.x == 0) {
     shared.query_barriers.init(Tile::Block::kConsumerWarps);
     shared.key_barriers.init(Tile::Block::kConsumerWarps);
@@ -302,15 +309,24 @@ __global__ void __launch_bounds__(HopperForwardTile<T, kHeadDim>::Block::kThread
     ptx::fence_barrier_init();
   }
   __syncthreads();
-  Tile::Block::run([&] { produce_forward<T, kHeadDim>(params, maps, schedule, shared); },
-                   [&](int group) { consume_forward<T, kHeadDim>(params, split, group, shared); });
+  const auto produce = [&](auto filler) { produce_forward(params, maps, schedule, filler, shared); };
+  const auto decode = [&](auto format) {
+    produce(TileDecoder<T, typename Tile::Keys, decltype(format)::value, Tile::kProducerBarrier>(params, maps.keys));
+  };
+  Tile::Block::run(
+      [&] {
+        if constexpr (kDecodes)
+          with_format(params.past.format, decode);
+        else
+          produce(TileCopier<typename Tile::Keys>(params, maps.keys));
+      },
+      [&](int group) { consume_forward(params, split, group, shared); });
 }
 
-// Joins the parts of the tiles that thread blocks shared: a warp for each row.
-template <typename T, int kHeadDim>
+// Joins the parts of the tiles of kQueries that thread blocks shared: a warp for each row.
+template <typename T, int kQueries>
 __global__ void __launch_bounds__(kJoinThreads)
     join_tiles_kernel(const AttentionParams params, const RoundSchedule schedule, const KeySplit split) {
-  constexpr int kQueries = HopperForwardTile<T, kHeadDim>::kQueries;
   const int32_t shared_row = static_cast<int32_t>(blockIdx.x) * kJoinRows + warp();
   const RowTile tile = find_row_tile<kQueries, true>(
       params.spans, params.num_queries, schedule.whole_tiles + shared_row / kQueries, params.batch * params.num_heads);
@@ -323,26 +339,32 @@ __global__ void __launch_bounds__(kJoinThreads)
 
 // ---- The host's part
 
-template <typename T, int kHeadDim>
+template <typename Tile>
 RoundSchedule schedule_forward(const AttentionParams& params) {
-  using Tile = HopperForwardTile<T, kHeadDim>;
   return schedule_queries(params, Tile::kQueries, Tile::kKeys);
+}
+
+// call(std::bool_constant<has_coded_pages>).
+template <typename Call>
+auto with_decoding(const AttentionParams& params, const Call& call) {
+  return has_coded_pages(params.past) ? call(std::true_type{}) : call(std::false_type{});
 }
 
 template <typename T, int kHeadDim>
 int64_t hopper_forward_workspace_bytes(const AttentionParams& params) {
-  const RoundSchedule schedule = schedule_forward<T, kHeadDim>(params);
-  return KeySplit::workspace_bytes(schedule.parts, schedule.shared_rows(HopperForwardTile<T, kHeadDim>::kQueries),
-                                   params.head_dim);
+  return with_decoding(params, [&](auto decodes) {
+    using Tile = HopperForwardTile<T, kHeadDim, decodes.value>;
+    const RoundSchedule schedule = schedule_forward<Tile>(params);
+    return KeySplit::workspace_bytes(schedule.parts, schedule.shared_rows(Tile::kQueries), params.head_dim);
+  });
 }
 
-// For calls that fits_hopper_forward.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDecodes>
 int32_t launch_hopper_forward(const AttentionParams& params) {
-  using Tile = HopperForwardTile<T, kHeadDim>;
-  using Shared = HopperForwardShared<T, kHeadDim>;
+  using Tile = HopperForwardTile<T, kHeadDim, kDecodes>;
+  using Shared = HopperForwardShared<T, kHeadDim, kDecodes>;
   static_assert(sizeof(Shared) <= ptx::kMaxSharedBytesHopper);
-  const RoundSchedule schedule = schedule_forward<T, kHeadDim>(params);
+  const RoundSchedule schedule = schedule_forward<Tile>(params);
   if (schedule.items == 0) return 0;
   ForwardMaps maps{};
   int32_t error = encode_heads<typename Tile::Queries>(maps.q, params.q, params.batch, params.num_queries,
@@ -352,11 +374,17 @@ int32_t launch_hopper_forward(const AttentionParams& params) {
 
   const int64_t rows = schedule.shared_rows(Tile::kQueries);
   const KeySplit split(schedule.parts, rows, params.head_dim, params.workspace);
-  error = ptx::launch(hopper_forward_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(schedule.blocks)),
+  error = ptx::launch(hopper_forward_kernel<T, kHeadDim, kDecodes>, dim3(static_cast<unsigned>(schedule.blocks)),
                       dim3(Tile::Block::kThreads), sizeof(Shared), params.stream, params, maps, schedule, split);
   if (error != 0 || schedule.parts == 1) return error;
-  return ptx::launch(join_tiles_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(rows / kJoinRows)), dim3(kJoinThreads),
-                     0, params.stream, params, schedule, split);
+  return ptx::launch(join_tiles_kernel<T, Tile::kQueries>, dim3(static_cast<unsigned>(rows / kJoinRows)),
+                     dim3(kJoinThreads), 0, params.stream, params, schedule, split);
+}
+
+// For calls that fits_hopper_forward.
+template <typename T, int kHeadDim>
+int32_t launch_hopper_forward(const AttentionParams& params) {
+  return with_decoding(params, [&](auto decodes) { return launch_hopper_forward<T, kHeadDim, decodes.value>(params); });
 }
 
 }  // namespace selfforcing::attention_cuda

@@ -9,10 +9,15 @@ struct KeyMaps {
   int32_t page_rows;  // of a box of a page
 };
 
+// Whether the copy engine brings pages: the values at least.
+inline bool copies_pages(const PagedPast& past) {
+  return past.k_pages != nullptr && past.format == PageFormat::elements;
+}
+
 // In tiles of type Tile.
 template <typename Tile>
 int32_t page_rows_of_box(const PagedPast& past) {
-  return past.k_pages == nullptr ? 1 : page_box_rows(past.page_size, Tile::kRows);
+  return copies_pages(past) ? page_box_rows(past.page_size, Tile::kRows) : 1;
 }
 
 // For tiles of type Tile.
@@ -24,9 +29,10 @@ int32_t encode_keys(KeyMaps& maps, const AttentionParams& params) {
     return encode_heads<Tile>(map, heads, params.batch, params.num_keys, params.num_kv_heads, params.head_dim);
   };
   const auto pages = [&](ptx::TensorMap& map, bool values) {
-    return past.num_pages == 0 ? 0
-                               : encode_heads<Tile>(map, heads_of_pages(past, values), past.num_pages, past.page_size,
-                                                    params.num_kv_heads, params.head_dim, maps.page_rows);
+    return past.num_pages == 0 || !copies_pages(past)
+               ? 0
+               : encode_heads<Tile>(map, heads_of_pages(past, values), past.num_pages, past.page_size,
+                                    params.num_kv_heads, params.head_dim, maps.page_rows);
   };
   int32_t error = own(maps.k, params.k);
   if (error == 0) error = own(maps.v, params.v);
@@ -62,6 +68,38 @@ __device__ __forceinline__ void load_keys(const AttentionParams& params, const K
     to.load(values ? maps.v : maps.k, full, 0, tile.start, kv_head, stream);
   }
 }
+
+// Fills buffers of type Tile, by one warp, where pages hold what products take.
+template <typename Tile>
+class TileCopier {
+ public:
+  __device__ __forceinline__ TileCopier(const AttentionParams& params, const KeyMaps& maps)
+      : params_(params), maps_(maps) {}
+
+  // From here on tiles of this head; the first one.
+  __device__ __forceinline__ void start(int32_t stream, int32_t kv_head, const ColumnTile& tile) {
+    stream_ = stream, kv_head_ = kv_head;
+    ahead_ = tile;
+  }
+
+  // On to the next tile; `ahead` is the one after it.
+  __device__ __forceinline__ void advance(const ColumnTile& ahead) {
+    now_ = ahead_;
+    ahead_ = ahead;
+  }
+
+  // Fills an empty buffer with the keys of the tile, or its values. `full` ends its phase when it is there.
+  template <bool kValues>
+  __device__ __forceinline__ void fill(const Tile& to, ptx::SharedAddress full) const {
+    load_keys(params_, maps_, now_, stream_, kv_head_, kValues, to, full);
+  }
+
+ private:
+  const AttentionParams& params_;
+  const KeyMaps& maps_;
+  int32_t stream_ = 0, kv_head_ = 0;
+  ColumnTile now_{}, ahead_{};
+};
 
 // The tile-th tile of the past of a head, where it is cut into tiles as long as buffers; `count` is 0 when there are
 // fewer.

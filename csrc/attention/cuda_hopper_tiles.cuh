@@ -14,23 +14,28 @@ constexpr int kWarpgroupRows = kWarpgroupWarps * kFragmentRows;
 
 __device__ __forceinline__ int warpgroup() { return static_cast<int>(threadIdx.x / kWarpgroupThreads); }
 
-// A thread block of `kConsumerGroups` warpgroups that multiply and one before them of which one warp, the producer,
-// asks for copies. Every thread starts with as many registers as all could have; then they go where they are needed.
-template <int kConsumerGroups>
+// A thread block of `kConsumerGroups` warpgroups that multiply and one before them, the producer, of which one warp
+// asks for copies, or all four also decode. Every thread starts with as many registers as all could have; then they go
+// where they are needed.
+template <int kConsumerGroups, bool kDecodes = false>
 struct HopperBlock {
   static constexpr int kConsumers = kConsumerGroups, kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
   static constexpr int kThreads = kWarpgroupThreads + kConsumerThreads;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerWarps = kDecodes ? kWarpgroupWarps : 1;
+  static constexpr int kProducerRegisters = kDecodes ? 136 : kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kDecodes ? 184 : kConsumers == 2 ? 240 : 160;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * (65536 / kThreads / 8 * 8));
 
-  // produce() by the producer, consume(number of the warpgroup) by the others.
+  // Whether a warp of the producer is the one that speaks for it.
+  __device__ __forceinline__ static bool leads() { return kProducerWarps == 1 || warp() == 0; }
+
+  // produce() by the producer's warps, consume(number of the warpgroup) by the others.
   template <typename Produce, typename Consume>
   __device__ __forceinline__ static void run(const Produce& produce, const Consume& consume) {
     if (warpgroup() == 0) {
       ptx::release_registers<kProducerRegisters>();
-      if (warp() == 0) produce();
+      if (warp() < kProducerWarps) produce();
     } else {
       ptx::take_registers<kConsumerRegisters>();
       consume(warpgroup() - 1);
@@ -76,8 +81,14 @@ class HopperTile {
                      panel * kPanelColumns, head, row, stream_or_page);
   }
 
-  // Makes rows [row, end) zero, `threads` threads together, of which this is number `thread`. Products may read them
-  // after fence_async_proxy() and a barrier.
+  // Where 16 bytes of a row are, for ordinary stores. Products may read them after fence_async_proxy() and a barrier.
+  __device__ __forceinline__ uint4* chunk(int row, int chunk) const {
+    constexpr int kChunks = kRowBytes / 16;
+    const int offset = ptx::swizzled(kSwizzle, row * kRowBytes + chunk % kChunks * 16);
+    return reinterpret_cast<uint4*>(data_ + chunk / kChunks * kPanelBytes + offset);
+  }
+
+  // Makes rows [row, end) zero, `threads` threads together, of which this is number `thread`. Ordinary stores, too.
   __device__ __forceinline__ void clear(int row, int end, int thread, int threads) const {
     const int bytes = (end - row) * kRowBytes;  // the swizzle stays in a row
 #pragma unroll

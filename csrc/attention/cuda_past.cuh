@@ -11,8 +11,8 @@
 
 namespace selfforcing::attention_cuda {
 
-// Four bytes or half-bytes of `word` as the numbers that they stand for, times `scale`, a bfloat16: exact. Channels come
-// as in PageFormat::int4: `high` is whether they are the high bits.
+// Four bytes or half-bytes of `word` as the numbers that they stand for, times `scale`, a bfloat16: exact. Channels
+// come as in PageFormat::int4: `high` is whether they are the high bits.
 __device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bool high, float scale, float* values) {
   if (format == PageFormat::fp8_e4m3) {
 #pragma unroll

@@ -274,7 +274,8 @@ inline double round_to(DType dtype, double value) {
   return std::nearbyint(value / unit) * unit;
 }
 
-// Quantised elements and their scales, both with NaN or anything where nothing visible lies.
+// Quantised elements and their scales, both with NaN or anything where nothing visible lies. The gaps between rows,
+// tokens and pages are those of the tensor of values, in bytes.
 struct QuantisedPages {
   int64_t head_stride = 0, token_stride = 0, page_stride = 0;
   std::vector<uint8_t> bytes;
@@ -284,8 +285,9 @@ struct QuantisedPages {
   QuantisedPages(PageFormat format, TestTensor& values, const float* offset, std::mt19937& random) {
     const bool int4 = format == PageFormat::int4;
     const int stored = int4 ? values.dim / 2 : values.dim, groups = int4 ? values.dim / kInt4Group : 1;
-    head_stride = stored + 3, token_stride = values.heads * head_stride + 5;
-    page_stride = values.tokens * token_stride + 7;
+    head_stride = stored + values.head_stride - values.dim;
+    token_stride = values.heads * (head_stride - values.head_stride) + values.token_stride;
+    page_stride = values.tokens * (token_stride - values.token_stride) + values.batch_stride;
     bytes.assign(values.batch * page_stride, 0x7f);
     scales.assign(static_cast<size_t>(values.batch) * values.tokens * values.heads * groups, 0x7fc0);
     for (int page = 0; page < values.batch; ++page)

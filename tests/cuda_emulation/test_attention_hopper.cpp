@@ -107,6 +107,63 @@ std::vector<Case> hopper_cases() {
   return all;
 }
 
+// Pages that have to be decoded, which the forward pass takes. Every format with and without offset and rotation, page
+// sizes around tiles of 96 keys, tiles that several thread blocks share.
+std::vector<Case> decoding_cases() {
+  std::vector<Case> all;
+  const auto add = [&](const char* name, Case c, const auto& change) {
+    c.name = name, c.gaps = 8;
+    change(c);
+    all.push_back(c);
+  };
+  const std::array<int32_t, 3> grid{30, 5, 4};
+  const Case paged{"", 1, 2, 1, 64, {0, 70}, {{{0, 70}}}, 70, 40, {{{0, 33}, {50, 310}}}};
+  const Case lists{"",
+                   2,
+                   4,
+                   2,
+                   64,
+                   {0, 20, 33},
+                   {{{0, 20}}, {{5, 33}}},
+                   33,
+                   8,
+                   {{{0, 7}, {14, 60}}, {{3, 4}, {5, 5}}, {{0, 0}, {0, 0}}, {{0, 21}, {30, 230}}},
+                   1,
+                   true,
+                   0,
+                   {1.5f, -0.75f}};
+  const Case few{"",          1,
+                 1,           1,
+                 128,         {0, 20},
+                 {{{0, 20}}}, 20,
+                 64,          {{{0, 100}, {130, 430}, {430, 1100}}},
+                 1,           true,
+                 -0.5f,       {2.5f, -1.5f, -1.5f}};
+  for (PageFormat format : {PageFormat::int8, PageFormat::fp8_e4m3, PageFormat::int4}) {
+    for (int dim : {40, 64, 72, 96, 128})
+      if (format != PageFormat::int4 || dim % kInt4Group == 0)
+        add("quantised", paged, [&](Case& c) { c.format = format, c.dim = dim, c.k_offset = dim != 64; });
+    for (int page_size : {7, 96, 100})
+      add("quantised, page sizes", paged, [&](Case& c) { c.format = format, c.page_size = page_size; });
+    add("quantised, a list per head", lists, [&](Case& c) { c.format = format, c.dim = 96, c.k_offset = true; });
+    add("quantised, long past", few, [&](Case& c) { c.format = format; });
+    add("quantised and rotated", lists,
+        [&](Case& c) { c.format = format, c.dim = 128, c.k_offset = true, c.rope_grid = grid; });
+    add("quantised and rotated, long past", few,
+        [&](Case& c) { c.format = format, c.dim = 64, c.page_size = 50, c.rope_grid = {60, 5, 4}; });
+    add("quantised past alone", paged,
+        [&](Case& c) { c.format = format, c.num_keys = 0, c.block_starts = {0, 9, 140}, c.spans = {{}, {}}; });
+  }
+  for (int dim : {40, 64, 72, 96, 128}) add("rotated", paged, [&](Case& c) { c.dim = dim, c.rope_grid = grid; });
+  for (int page_size : {8, 24, 96})
+    add("rotated, page sizes", paged, [&](Case& c) { c.page_size = page_size, c.rope_grid = grid; });
+  add("rotated, a list per head", lists, [&](Case& c) { c.rope_grid = grid; });
+  add("rotated, long past", few, [&](Case& c) { c.rope_grid = {60, 5, 4}; });
+  add("rotated past alone", paged,
+      [&](Case& c) { c.rope_grid = grid, c.num_keys = 0, c.block_starts = {0, 9, 140}, c.spans = {{}, {}}; });
+  return all;
+}
+
 // Backward passes of which the emulated four multiprocessors split a last round: numbers of parts that do not divide
 // the tiles, parts that see nothing, rows that see nothing, parts of own keys and of pages with and without a border
 // within a box.
@@ -265,8 +322,17 @@ int check_fits() {
   expect(false, "an odd stride of out", [](P p) { p.out.head_stride = 63; });
   expect(false, "an odd stride of pages", [](P p) { p.past.v_token_stride = 130; });
   expect(false, "an odd size of pages", [](P p) { p.past.page_size = 12; });
-  expect(false, "quantised pages", [](P p) { p.past.format = PageFormat::int8; });
-  expect(false, "keys rotated when read", [](P p) { p.past.rope_table = reinterpret_cast<const float*>(memory); });
+  expect(true, "quantised pages", [](P p) { p.past.format = PageFormat::int8; });
+  expect(true, "quantised pages of any size", [](P p) { p.past.format = PageFormat::int4, p.past.page_size = 7; });
+  expect(true, "quantised pages, multiples of 8 bytes",
+         [](P p) { p.past.format = PageFormat::int8, p.past.v_pages = memory + 8, p.past.v_token_stride = 136; });
+  expect(false, "quantised pages at an odd address",
+         [](P p) { p.past.format = PageFormat::int8, p.past.k_pages = memory + 4; });
+  expect(false, "an odd stride of quantised pages",
+         [](P p) { p.past.format = PageFormat::int8, p.past.v_head_stride = 67; });
+  expect(true, "keys rotated when read", [](P p) { p.past.rope_table = reinterpret_cast<const float*>(memory); });
+  expect(false, "keys rotated when read, an odd size of pages",
+         [](P p) { p.past.rope_table = reinterpret_cast<const float*>(memory), p.past.page_size = 12; });
   expect(false, "a scale of zero", [](P p) { p.softmax_scale = 0; });
   return failures;
 }
@@ -306,13 +372,15 @@ int main(int argc, char** argv) {
       backward_workspace_bytes, launch<hopper_backward, fits_hopper_backward, AttentionBackwardParams>};
   check_that_blocks_are_apart(kernels);
   const double most_multiplications = argc > 1 ? std::atof(argv[1]) : std::numeric_limits<double>::infinity();
-  const auto check_all = [&](const std::vector<Case>& all) {
+  const auto check_all = [&](const attention_test::Kernels& kernels, const std::vector<Case>& all) {
     return attention_test::check_all(kernels, {}, most_multiplications, attention_test::kAllFeatures, all,
                                      {DType::bfloat16, DType::float16});
   };
-  bool passed = check_all(hopper_cases());
+  bool passed = check_all(kernels, hopper_cases());
+  // Their gradients are left to the kernels for every GPU.
+  passed = check_all({kernels.forward_workspace_bytes, kernels.forward}, decoding_cases()) && passed;
   num_calls = num_calls_with_parts = 0;
-  passed = check_all(cases_with_parts()) && passed;
+  passed = check_all(kernels, cases_with_parts()) && passed;
   if (num_calls == 0 || num_calls_with_parts != num_calls) {
     std::printf("FAILED  only %d of %d backward passes had parts\n", num_calls_with_parts, num_calls);
     passed = false;
