@@ -18,7 +18,7 @@ __device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bo
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // Exponent and fraction at the places of a float's, whose exponent counts from 127 instead of 7.
-      const unsigned bits = static_cast<unsigned>(static_cast<int>(word << (24 - 8 * i)) >> 4) & 0x87ffffffu;
+      const unsigned bits = static_cast<unsigned>(static_cast<int>(word << (24 - 8 * i)) >> 4) & 0x87f00000u;
       float small;
       memcpy(&small, &bits, sizeof(small));
       values[i] = small * 0x1p120f * scale;

@@ -711,8 +711,10 @@ inline int failures = 0;
 
 inline void fail(const Problem& p, const std::string& what) {
   ++failures;
-  std::printf("FAILED  %s, %s, B %d H %d/%d Lq %d Lk %d D %d: %s\n", p.c.name, dtype_name(p.dtype), p.c.batch,
-              p.c.heads, p.c.kv_heads, p.c.num_queries(), p.c.num_keys, p.c.dim, what.c_str());
+  constexpr const char* kFormats[] = {"", ", int8", ", fp8_e4m3", ", int4"};
+  std::printf("FAILED  %s, %s%s, B %d H %d/%d Lq %d Lk %d D %d: %s\n", p.c.name, dtype_name(p.dtype),
+              kFormats[static_cast<int>(p.c.format)], p.c.batch, p.c.heads, p.c.kv_heads, p.c.num_queries(),
+              p.c.num_keys, p.c.dim, what.c_str());
 }
 
 inline double worst_seen[3][5];
