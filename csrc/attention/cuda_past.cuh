@@ -30,7 +30,7 @@ __device__ __forceinline__ void decode_word(PageFormat format, unsigned word, bo
   const float offset = (-0x1p15f - (halves ? 8.0f : 128.0f)) * scale;  // exact: 13 or 9 bits times 8
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const unsigned bits = 0x47000000u | (biased >> 8 * i & 0xffu) << 8;  // as a float: 2^15 + byte
+    const unsigned bits = ptx::select_bytes(biased, 0x47000000u, 0x7404u | i << 4);  // as a float: 2^15 + byte
     float sum;
     memcpy(&sum, &bits, sizeof(sum));
     values[i] = fmaf(sum, scale, offset);

@@ -47,6 +47,19 @@ __device__ __forceinline__ float16 from_float<float16>(float x) {
   return __float2half(x);
 }
 
+// prmt (PTX ISA, "Data Movement and Conversion Instructions: prmt"): four of the eight bytes of `low` and, from number
+// 4 on, `high`, named by the digits of `selector`, the lowest first. nvcc does not make it out of shifts and masks.
+__device__ __forceinline__ unsigned select_bytes(unsigned low, unsigned high, unsigned selector) {
+#ifdef __CUDACC__
+  return __byte_perm(low, high, selector);
+#else
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned selected = 0;
+  for (int i = 0; i < 4; ++i) selected |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return selected;
+#endif
+}
+
 // Sum over the warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
