@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../csrc/ptx/mma.cuh"
+#include "../../csrc/ptx/vector.cuh"
 #include "ptx_test.h"
 #include "test_ptx_hopper.h"
 
@@ -158,6 +159,34 @@ void test_arithmetic() {
   expect(float16_pair[2] == 0x80000000u, "pack_pair<float16> of 0 and -0");
 }
 
+constexpr int kSelections = 6;
+
+// Words of `from` by loads of 8 and of 16 bytes, and bytes of the first two.
+__global__ void words_kernel(const unsigned* from, const unsigned* selectors, unsigned* loaded, unsigned* selected) {
+  const uint2 two = ptx::load_once<uint2>(from);
+  const uint4 four = ptx::load_once<uint4>(from + 4);
+  loaded[0] = two.x, loaded[1] = two.y;
+  loaded[2] = four.x, loaded[3] = four.y, loaded[4] = four.z, loaded[5] = four.w;
+  for (int i = 0; i < kSelections; ++i) selected[i] = ptx::select_bytes(two.x, two.y, selectors[i]);
+}
+
+void test_words() {
+  Shared<unsigned> from(8), selectors(kSelections), loaded(6), selected(kSelections);
+  for (unsigned i = 0; i < 8; ++i) from[i] = 0x83a1c0f7u * (i + 1);
+  for (int i = 0; i < kSelections; ++i) selectors[i] = (0x7404u + 0x1357u * static_cast<unsigned>(i * i)) & 0x7777;
+  run(words_kernel, 1, 0, static_cast<const unsigned*>(from.data()), static_cast<const unsigned*>(selectors.data()),
+      loaded.data(), selected.data());
+  int wrong_word = 0, wrong_byte = 0;
+  for (int i = 0; i < 6; ++i) wrong_word += loaded[i] != from[i < 2 ? i : i + 2];
+  for (int i = 0; i < kSelections; ++i)
+    for (int place = 0; place < 4; ++place) {
+      const unsigned number = selectors[i] >> 4 * place & 7;
+      wrong_byte += (selected[i] >> 8 * place & 0xff) != (from[number / 4] >> number % 4 * 8 & 0xff);
+    }
+  expect(wrong_word == 0, "load_once of 8 and of 16 bytes");
+  expect(wrong_byte == 0, "select_bytes");
+}
+
 }  // namespace
 
 int main() {
@@ -166,6 +195,7 @@ int main() {
   test_multiply_add<float16>("multiply_add<float16>");
   test_copies();
   test_arithmetic();
+  test_words();
   test_hopper();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
