@@ -142,31 +142,36 @@ inline bool any_gradient(const AttentionBackwardParams& p, int batch, KeyWalk pa
 
 // Adds the gradients of a tile, that is of the next `count` keys of the past, to where they have a place: those of keys
 // as they are stored.
-inline void add_past_gradients(const AttentionBackwardParams& p, int batch, int kv_head, KeyWalk past, int count,
-                               const TileBuffers& tile) {
+inline void add_past_gradients(const AttentionBackwardParams& p, const BackwardPlan& plan, int batch, int kv_head,
+                               KeyWalk past, int count, const TileBuffers& tile) {
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes);
   KeyPlace place{};
   for (int key = 0; key < count; key += place.count) {
     place = past.next(count - key);
     const int64_t page = gradient_page(p, batch, place);
     if (page < 0) continue;
-    for (int i = 0; i < place.count; ++i) {
-      const int64_t token = page * p.past.page_size + place.first % p.past.page_size + i;
-      const int64_t row = (token * p.num_kv_heads + kv_head) * dim, sums = int64_t{key + i} * padded_dim;
-      float *grad_k = p.past_grads.k_pages + row, *grad_v = p.past_grads.v_pages + row;
-      const auto add = [&](float* to, Floats x, int lanes)
-                           __attribute__((always_inline)) { store<Float32>(to, load<Float32>(to, lanes) + x, lanes); };
-      const auto sum_k = [&](int64_t d)
-                             __attribute__((always_inline)) { return load(tile.grad_k + sums + d) * p.softmax_scale; };
-      if (p.past.rope_table == nullptr) {
-        for_lanes(dim, [&](int64_t d, int lanes) { add(grad_k + d, sum_k(d), lanes); });
-      } else {
-        for_turns(
-            p.past, place.past->token + place.first + i - place.past->start,
-            [&](int64_t d, Floats turns, int lanes) { add(grad_k + d, rotate_pairs_back(sum_k(d), turns), lanes); });
-      }
-      for_lanes(dim, [&](int64_t d, int lanes) { add(grad_v + d, load(tile.grad_v + sums + d), lanes); });
+    const int64_t first = ((page * p.past.page_size + place.first % p.past.page_size) * p.num_kv_heads + kv_head) * dim;
+    const int64_t stride = int64_t{p.num_kv_heads} * dim;
+    const auto add = [&](float* to, Floats x, int lanes)
+                         __attribute__((always_inline)) { store<Float32>(to, load<Float32>(to, lanes) + x, lanes); };
+    const auto sum_k = [&](int i, int64_t d) __attribute__((always_inline)) {
+      return load(tile.grad_k + int64_t{key + i} * padded_dim + d) * p.softmax_scale;
+    };
+    float *grad_k = p.past_grads.k_pages + first, *grad_v = p.past_grads.v_pages + first;
+    if (p.past.rope_table == nullptr) {
+      for (int i = 0; i < place.count; ++i, grad_k += stride)
+        for_lanes(dim, [&](int64_t d, int lanes) { add(grad_k + d, sum_k(i, d), lanes); });
+    } else {
+      Turns turns(p.past, plan.turns, token_of(place));
+      for (int i = 0; i < place.count; ++i, grad_k += stride, turns.next())
+        turns.for_channels(dim, [&](int64_t d, Floats pairs, int lanes) __attribute__((always_inline)) {
+          add(grad_k + d, rotate_pairs_back(sum_k(i, d), pairs), lanes);
+        });
     }
+    for (int i = 0; i < place.count; ++i, grad_v += stride)
+      for_lanes(dim, [&](int64_t d, int lanes) {
+        add(grad_v + d, load(tile.grad_v + int64_t{key + i} * padded_dim + d), lanes);
+      });
   }
 }
 
@@ -232,7 +237,7 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
   if (index >= tiles * (part + 1) / plan.key_parts) return;  // another part or another stream has more
   const bool past = index < past_tiles;
   const int dim = p.head_dim, padded_dim = round_up(dim, kLanes), group = p.num_heads / p.num_kv_heads;
-  VisibleKeys<Op> visible_past(p, batch, kv_head, -1, tile.past);
+  VisibleKeys<Op> visible_past(p, batch, kv_head, -1, plan.turns);
   const KeyStretch stretch = past ? go_to_tile(visible_past, index) : KeyStretch{};
   const KeyWalk places = visible_past;
   const bool constant = past && !any_gradient(p, batch, places, stretch.count);
@@ -242,17 +247,19 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
   int num_spans = 1;
   if (past) {
     keys.count = static_cast<int>(stretch.count);
-    pack_keys<Op>(&visible_past, {}, keys.count, dim, tile);
+    pack_keys<Op>(keys.count, dim, tile, [&](const PackedRows<Op>& k, const PackedRows<Op>& v) {
+      for (int key = 0; key < keys.count;) key += visible_past.pack_some(key, keys.count - key, k, v);
+    });
   } else {
     keys = plan.tiles[index - past_tiles];
     const int32_t* offsets = p.query_spans.span_offsets + keys.block;
     spans = p.query_spans.spans + static_cast<int64_t>(offsets[0]) * 2;
     num_spans = offsets[1] - offsets[0];
     if (num_spans > 0)
-      pack_keys<Op>(nullptr,
-                    {row_of<Op>(p.k, batch, kv_head, keys.key), row_of<Op>(p.v, batch, kv_head, keys.key),
-                     p.k.token_stride, p.v.token_stride, keys.count},
-                    keys.count, dim, tile);
+      pack_keys<Op>(keys.count, dim, tile, [&](const PackedRows<Op>& k, const PackedRows<Op>& v) {
+        pack_rows<Op>(row_of<Op>(p.k, batch, kv_head, keys.key), p.k.token_stride, keys.count, 0, k);
+        pack_rows<Op>(row_of<Op>(p.v, batch, kv_head, keys.key), p.v.token_stride, keys.count, 0, v);
+      });
   }
   if (!constant) {
     const size_t bytes = static_cast<size_t>(round_up(keys.count, kKeyMultiple)) * padded_dim * sizeof(float);
@@ -279,7 +286,7 @@ void differentiate_tile(const AttentionBackwardParams& p, const BackwardPlan& pl
     }
   }
   if (constant) return;
-  if (past) return add_past_gradients(p, batch, kv_head, places, keys.count, tile);
+  if (past) return add_past_gradients(p, plan, batch, kv_head, places, keys.count, tile);
   write_grad_keys<Op>(p.grad_k, batch, kv_head, keys, tile.grad_k, p.softmax_scale, dim);
   write_grad_keys<Op>(p.grad_v, batch, kv_head, keys, tile.grad_v, 1, dim);
 }

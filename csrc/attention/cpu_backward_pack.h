@@ -46,7 +46,6 @@ struct TileBuffers {
   float *grad_k, *grad_v;              // [key][d]: sums
   float *probabilities, *grad_scores;  // words [key][lane / kPack] of the chunk
   float* grad_scores_joined;           // words [key / kPack][lane]; grad_scores itself where kPack is 1
-  PastBuffers past;
 };
 
 struct BackwardPlan {
@@ -54,6 +53,7 @@ struct BackwardPlan {
   QueryChunk* chunks = nullptr;
   KeyTile* tiles = nullptr;
   int32_t* kv_heads = nullptr;  // of all streams, in the order in which they are taken up
+  float* turns = nullptr;       // the table of Turns
   int32_t num_panels = 0, num_chunks = 0, num_tiles = 0;
   int32_t past_tiles = 0;                   // of the K/V head that has most
   int32_t lanes = 0;                        // of all panels
@@ -93,8 +93,8 @@ TileBuffers take_tile_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
   constexpr int64_t kKeys = kBackwardTileKeys;
   const int words = dim / Op::kPack, padded_dim = round_up(dim, kLanes);
   TileBuffers tile;
-  tile.key_rows = arena.take<float>(kKeys * words);
-  tile.value_rows = arena.take<float>(kKeys * words);
+  tile.key_rows = arena.take<float>(kKeys * words + kLanes);
+  tile.value_rows = arena.take<float>(kKeys * words + kLanes);
   tile.keys_joined = arena.take<float>(kKeys / Op::kPack * padded_dim);
   tile.grad_k = arena.take<float>(kKeys * padded_dim);
   tile.grad_v = arena.take<float>(kKeys * padded_dim);
@@ -102,7 +102,6 @@ TileBuffers take_tile_buffers(Arena& arena, const BackwardPlan& plan, int dim) {
   tile.grad_scores = arena.take<float>(kKeys * plan.row_words);
   tile.grad_scores_joined =
       Op::kPack == 1 ? tile.grad_scores : arena.take<float>(kKeys / Op::kPack * plan.joined_words);
-  tile.past = take_past_buffers<Op>(arena, dim);
   return tile;
 }
 
@@ -190,12 +189,14 @@ BackwardPlan plan_backward(const AttentionBackwardParams& p) {
   plan.chunks = arena.take<QueryChunk>(plan.num_chunks);
   plan.tiles = arena.take<KeyTile>(plan.num_tiles);
   plan.kv_heads = arena.take<int32_t>(heads);
+  plan.turns = arena.take<float>(Turns::table_floats(p.past));
   if (p.workspace != nullptr) {
     int panel = 0, chunk = 0, tile = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
     for_each_chunk(p.spans, [&](const QueryChunk& value) { plan.chunks[chunk++] = value; });
     for_each_key_tile(p.query_spans, plan.key_parts, [&](const KeyTile& value) { plan.tiles[tile++] = value; });
     order_by_past(p, count_past(p).most, plan.kv_heads);
+    Turns::fill_table(p.past, plan.turns);
   }
 
   Arena one_slot(nullptr), one_worker(nullptr);
@@ -292,27 +293,15 @@ void pack_chunk(const AttentionBackwardParams& p, const BackwardPlan& plan, int 
 
 // ---- Keys
 
-template <typename Op>
-void pack_keys(VisibleKeys<Op>* past, KeyRun<Op> run, int count, int dim, const TileBuffers& to) {
-  alignas(64) static constexpr typename Op::Storage kZeros[256] = {};
-  const int words = dim / Op::kPack, padded_dim = round_up(dim, kLanes), padded = round_up(count, kKeyMultiple);
-  Row<Op> joined[Op::kPack] = {};
-  for (int key = 0, in_run = 0; key < padded; ++key, ++in_run) {
-    if (past != nullptr && key < count && (key == 0 || in_run == run.count)) {
-      run = past->next_run(count - key);
-      in_run = 0;
-    }
-    const Row<Op> k = key < count ? run.k + in_run * run.k_stride : kZeros;
-    const Row<Op> v = key < count ? run.v + in_run * run.v_stride : kZeros;
-    prefetch_row(k + kPrefetchRows * run.k_stride, dim * sizeof(*k));
-    prefetch_row(v + kPrefetchRows * run.v_stride, dim * sizeof(*v));
-    pack_row<Op>(to.key_rows + key * words, k, dim);
-    pack_row<Op>(to.value_rows + key * words, v, dim);
-    joined[key % Op::kPack] = k;
-    if (key % Op::kPack == Op::kPack - 1)
-      Op::join_rows(joined, dim,
-                    [&](int d, Floats value) { store(to.keys_joined + key / Op::kPack * padded_dim + d, value); });
-  }
+// Calls pack(keys, values) to write `count` rows; those up to the next multiple of kKeyMultiple are 0.
+template <typename Op, typename Pack>
+void pack_keys(int count, int dim, const TileBuffers& to, const Pack& pack) {
+  const int padded = round_up(count, kKeyMultiple);
+  const PackedRows<Op> keys{dim, to.key_rows, to.keys_joined, round_up(dim, kLanes), 1};
+  const PackedRows<Op> values{dim, to.value_rows, nullptr, 0, 0};
+  pack(keys, values);
+  keys.clear(count, padded);
+  values.clear(count, padded);
 }
 
 }  // namespace SELFFORCING_ISA

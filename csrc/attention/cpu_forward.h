@@ -34,6 +34,7 @@ struct ForwardPlan : ForwardDivision {
   Panel* panels = nullptr;
   ForwardUnit* units = nullptr;
   int32_t* kv_heads = nullptr;            // of all streams, in the order of their items
+  float* turns = nullptr;                 // the table of Turns
   int32_t num_panels = 0, num_units = 0;  // of one head
   int32_t lanes = 0;                      // of all panels
   char* workers = nullptr;
@@ -57,7 +58,6 @@ struct ForwardBuffers {
   float* scores;   // [key][lane of the panel]; then probabilities, words [key / kPack][lane]
   float* queries;  // per head and panel words [word][lane]
   ForwardSums sums;
-  PastBuffers past;
 };
 
 inline ForwardSums take_forward_sums(Arena& arena, int dim, int64_t lanes) {
@@ -74,12 +74,11 @@ ForwardBuffers take_forward_buffers(Arena& arena, const ForwardPlan& plan, int d
   // Pieces of a block differ by a panel.
   const int64_t lanes = static_cast<int64_t>(plan.unit_lanes + 2 * kMaxPanelVectors * kLanes) * plan.unit_heads;
   ForwardBuffers to;
-  to.keys = arena.take<float>(static_cast<int64_t>(kForwardTileKeys) * words);
+  to.keys = arena.take<float>(static_cast<int64_t>(kForwardTileKeys) * words + kLanes);
   to.values = arena.take<float>(static_cast<int64_t>(kForwardTileKeys / Op::kPack) * padded_dim);
   to.scores = arena.take<float>(kForwardTileKeys * kMaxPanelVectors * kLanes);
   to.queries = arena.take<float>(words * lanes);
   to.sums = take_forward_sums(arena, dim, plan.key_parts == 1 ? lanes : 0);
-  to.past = take_past_buffers<Op>(arena, dim);
   return to;
 }
 
@@ -181,11 +180,13 @@ ForwardPlan plan_forward(const AttentionParams& p) {
   plan.panels = arena.take<Panel>(plan.num_panels);
   plan.units = arena.take<ForwardUnit>(plan.num_units);
   plan.kv_heads = arena.take<int32_t>(static_cast<int64_t>(p.batch) * p.num_kv_heads);
+  plan.turns = arena.take<float>(Turns::table_floats(p.past));
   if (p.workspace != nullptr) {
     int panel = 0, unit = 0;
     for_each_panel(p.spans, [&](const Panel& value, int) { plan.panels[panel++] = value; });
     for_each_forward_unit(p.spans, plan.unit_lanes, [&](const ForwardUnit& value, int) { plan.units[unit++] = value; });
     order_by_past(p, past.most, plan.kv_heads);
+    Turns::fill_table(p.past, plan.turns);
   }
   Arena one_worker(nullptr);
   take_forward_buffers<Op>(one_worker, plan, p.head_dim);
@@ -201,29 +202,12 @@ ForwardPlan plan_forward(const AttentionParams& p) {
 // Gathers the next `count` visible keys and values; rows up to the next multiple of kKeyMultiple are 0.
 template <typename Op>
 void pack_tile(VisibleKeys<Op>& visible, int count, int dim, const ForwardBuffers& to) {
-  const int padded = round_up(count, kKeyMultiple), steps = padded / Op::kPack, words = dim / Op::kPack;
-  const auto put_values = [&](int key, Row<Op> const(&rows)[Op::kPack]) {
-    Op::join_rows(rows, dim, [&](int d, Floats joined) {
-      store(to.values + (static_cast<int64_t>(d / kLanes) * steps + key / Op::kPack) * kLanes, joined);
-    });
-  };
-  alignas(64) static constexpr typename Op::Storage kZeros[256] = {};
-  Row<Op> pair[Op::kPack] = {};  // rows that become one word
-  for (int key = 0; key < count;) {
-    const KeyRun<Op> run = visible.next_run(count - key);
-    for (int i = 0; i < run.count; ++i, ++key) {
-      prefetch_row(run.k + (i + kPrefetchRows) * run.k_stride, dim * sizeof(*run.k));
-      prefetch_row(run.v + (i + kPrefetchRows) * run.v_stride, dim * sizeof(*run.v));
-      pack_row<Op>(to.keys + key * words, run.k + i * run.k_stride, dim);
-      pair[key % Op::kPack] = run.v + i * run.v_stride;
-      if (key % Op::kPack == Op::kPack - 1) put_values(key, pair);
-    }
-  }
-  for (int key = count; key < padded; ++key) {
-    memset(to.keys + key * words, 0, words * sizeof(float));
-    pair[key % Op::kPack] = kZeros;
-    if (key % Op::kPack == Op::kPack - 1) put_values(key, pair);
-  }
+  const int padded = round_up(count, kKeyMultiple);
+  const PackedRows<Op> keys{dim, to.keys, nullptr, 0, 0};
+  const PackedRows<Op> values{dim, nullptr, to.values, kLanes, padded / Op::kPack};
+  for (int key = 0; key < count;) key += visible.pack_some(key, count - key, keys, values);
+  keys.clear(count, padded);
+  values.clear(count, padded);
 }
 
 // One panel against one tile of `count` keys. `factor` is |softmax_scale| log2(e), `bias` is in units of log2; `first`:
@@ -393,7 +377,7 @@ void attend_unit(const AttentionParams& p, const ForwardPlan& plan, const Forwar
     for (int head = first_head; head < first_head + num_heads; ++head)
       for (int i = 0; i < unit.num_panels; ++i) visit(panels[i], head);
   };
-  VisibleKeys<Op> visible(p, batch, kv_head, unit.block, at.past);
+  VisibleKeys<Op> visible(p, batch, kv_head, unit.block, plan.turns);
   const KeyPart keys = part_of_keys(num_visible_keys(p, batch, kv_head, unit.block), part, plan.key_parts);
   if (keys.count == 0) {
     if (part == 0)

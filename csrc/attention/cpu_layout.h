@@ -79,22 +79,6 @@ SELFFORCING_INLINE void with_vectors(int vectors, const Call& call) {
   }
 }
 
-// A run of keys and values that lie at equal distances.
-template <typename Op>
-struct KeyRun {
-  Row<Op> k, v;
-  int64_t k_stride, v_stride;
-  int count;
-};
-
-// Rows lie a token apart, farther than the hardware looks ahead: asks for a row some rows before it is needed.
-inline constexpr int kPrefetchRows = 8;
-
-SELFFORCING_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  constexpr int kCacheLine = 64;
-  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
-}
-
 // Keys of the past that a K/V head of a stream sees.
 inline int64_t num_past_keys(const PagedPast& past, int64_t batch, int64_t kv_head) {
   int64_t keys = 0;
@@ -121,6 +105,9 @@ struct KeyPlace {
   const PastSpan* past;  // nullptr: the call's own
   int first, count;
 };
+
+// The token that the first of these keys of the past is, with keys that are rotated when read.
+inline int32_t token_of(const KeyPlace& place) { return place.past->token + place.first - place.past->start; }
 
 // Keys whose scores get the same bias.
 struct KeyStretch {

@@ -30,6 +30,14 @@ struct Operand {
   static SELFFORCING_INLINE Floats load_words(const Storage* row, int count) { return load<Element>(row, count); }
   // Words of one summed index from vectors over the other dimension.
   static SELFFORCING_INLINE Floats join(const Floats (&rows)[kPack]) { return rows[0]; }
+  // The same words from one row at a time: the first sets them, the others complete them.
+  static SELFFORCING_INLINE void store_part(float* words, Floats x, int) { store(words, x); }
+  // What an operand keeps of x.
+  static SELFFORCING_INLINE Floats rounded(Floats x) {
+    Storage elements[kLanes];
+    Element::narrow(elements, x);
+    return Element::widen(elements);
+  }
   // kLanes neighbours of the summed dimension, as kLanes / kPack words.
   static SELFFORCING_INLINE void store_summed(float* words, Floats x) { store(words, x); }
   // Joins kPack rows of `count` elements (0 beyond) and calls put(d, words) for every kLanes elements from d on.
@@ -59,6 +67,11 @@ struct Operand<BFloat16> {
                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
     return (Floats)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+  }
+  static SELFFORCING_INLINE Floats rounded(Floats x) { return x; }  // done where words are made
+  static SELFFORCING_INLINE void store_part(float* words, Floats x, int row) {
+    const Words bits = (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(x));
+    store(words, (Floats)(row == 0 ? bits : (Words)load(words) | bits << 16));
   }
   static SELFFORCING_INLINE void store_summed(float* words, Floats x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), (__m256i)_mm512_cvtneps_pbh(x));
@@ -138,6 +151,14 @@ void pack_lanes(float* to, int vectors, const typename Op::Storage* rows, int64_
   }
 }
 
+// Rows lie a token apart, farther than the hardware looks ahead: asks for a row some rows before it is needed.
+inline constexpr int kPrefetchRows = 8;
+
+SELFFORCING_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  constexpr int kCacheLine = 64;
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
+}
+
 // A row of elements as words.
 template <typename Op>
 SELFFORCING_INLINE void pack_row(float* to, const typename Op::Storage* row, int dim) {
@@ -145,6 +166,78 @@ SELFFORCING_INLINE void pack_row(float* to, const typename Op::Storage* row, int
   int word = 0;
   for (; word + kLanes <= words; word += kLanes) store(to + word, Op::load_words(row + word * Op::kPack, kLanes));
   if (word < words) store<Float32>(to + word, Op::load_words(row + word * Op::kPack, words - word), words - word);
+}
+
+// Splits rows [first, first + count) of a tile by the words that they are joined to: calls whole(i) for every kPack
+// rows that have theirs alone, from row first + i on, and part(i) for a row that shares its with one before or after.
+template <typename Op, typename Whole, typename Part>
+SELFFORCING_INLINE void for_words(int first, int count, const Whole& whole, const Part& part) {
+  int i = 0;
+  for (; i < count && (first + i) % Op::kPack != 0; ++i) part(i);
+  for (; i + Op::kPack <= count; i += Op::kPack) whole(i);
+  for (; i < count; ++i) part(i);
+}
+
+// A tile of keys or values as operands, in one form or both. Rows are written in order: what is written too much of one
+// is overwritten by the next, and the memory is kLanes words longer than the last.
+template <typename Op>
+struct PackedRows {
+  int dim;
+  float* rows;             // words [row][word]: the channels will be summed. Or nullptr
+  float* joined;           // words of kPack rows each, vectors over channels: the rows will be summed. Or nullptr
+  int64_t joined_row;      // words from kPack rows to the next
+  int64_t joined_channel;  // channel d, a multiple of kLanes, is d times this many words further
+
+  SELFFORCING_INLINE float* joined_at(int row) const {
+    return joined + static_cast<uint32_t>(row) / Op::kPack * joined_row;
+  }
+
+  // Channels [d, d + kLanes) of a row.
+  SELFFORCING_INLINE void put(int row, int64_t d, Floats x) const {
+    x = Op::rounded(x);
+    if (rows != nullptr) Op::store_summed(rows + int64_t{row} * (dim / Op::kPack) + d / Op::kPack, x);
+    if (joined != nullptr) Op::store_part(joined_at(row) + d * joined_channel, x, row % Op::kPack);
+  }
+
+  // Rows [first, end) as zeros.
+  void clear(int first, int end) const {
+    const int words = dim / Op::kPack;
+    if (rows != nullptr) memset(rows + int64_t{first} * words, 0, int64_t{end - first} * words * sizeof(float));
+    if (joined == nullptr) return;
+    for (int row = round_up(first, Op::kPack); row < end; row += Op::kPack)
+      for (int d = 0; d < dim; d += kLanes) store(joined_at(row) + d * joined_channel, Floats{});
+  }
+};
+
+// Packs `count` rows that lie in memory as rows from `first` on. (By value, here and below: what lies behind a
+// reference would be read again after every store.)
+template <typename Op>
+void pack_rows(const typename Op::Storage* from, int64_t stride, int count, int first, PackedRows<Op> to) {
+  const auto row_at = [&](int i) __attribute__((always_inline)) {
+    prefetch_row(from + (i + kPrefetchRows) * stride, to.dim * sizeof(*from));
+    return from + i * stride;
+  };
+  if (to.rows != nullptr)
+    for (int i = 0; i < count; ++i)
+      pack_row<Op>(to.rows + int64_t{first + i} * (to.dim / Op::kPack), row_at(i), to.dim);
+  if (to.joined == nullptr) return;
+  for_words<Op>(
+      first, count,
+      [&](int i) __attribute__((always_inline)) {
+        const typename Op::Storage* rows[Op::kPack];
+#pragma GCC unroll 2
+        for (int j = 0; j < Op::kPack; ++j) rows[j] = row_at(i + j);
+        float* joined = to.joined_at(first + i);
+        Op::join_rows(rows, to.dim, [&](int d, Floats words) { store(joined + d * to.joined_channel, words); });
+      },
+      [&](int i) __attribute__((always_inline)) {
+        const typename Op::Storage* row = row_at(i);
+        float* joined = to.joined_at(first + i);
+        for_lanes(to.dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+          Op::store_part(joined + d * to.joined_channel, load<typename Op::Element>(row + d, lanes),
+                         (first + i) % Op::kPack);
+        });
+      });
 }
 
 }  // namespace SELFFORCING_ISA

@@ -1,5 +1,5 @@
-// Rows of cached keys and values as rows of q's dtype: decoded where pages are quantised, keys rotated where that is
-// left to the reader. A few rows at a time, right before they are packed: no more of the cache is ever decoded.
+// Cached keys and values on their way into a packed tile: decoded where pages are quantised, keys rotated where that is
+// left to the reader. What is decoded is packed at once: no copy of the cache is ever made.
 #pragma once
 #include "../simd/quantised.h"
 #include "cpu_layout.h"
@@ -7,28 +7,101 @@
 namespace selfforcing {
 namespace SELFFORCING_ISA {
 
-inline constexpr int kDecodedRows = 16;  // at a time
+// ---- Rotations
 
-// Calls visit(d, turns, count) for the channels of a head, `count` from d on: pairs of cosine and sine that the key of
-// a token is rotated by. No run of channels belongs to two axes.
-template <typename Visit>
-SELFFORCING_INLINE void for_turns(const PagedPast& past, int32_t token, const Visit& visit) {
-  const RopeAxes& axes = past.rope_axes;
-  const int32_t rows = token / axes.size[2];
-  const int32_t position[3] = {rows / axes.size[1], rows % axes.size[1], token % axes.size[2]};
-  const float* table = past.rope_table;
-  int64_t first = 0;
-  for (int axis = 0; axis < 3; ++axis) {
-    const int64_t width = 2 * axes.pairs[axis];
-    const float* turns = table + position[axis] * width;
-    for_lanes(width, [&](int64_t i, int count)
-                         __attribute__((always_inline)) { visit(first + i, load<Float32>(turns + i, count), count); });
-    first += width;
-    table += axes.size[axis] * width;
+// The pairs of cosine and sine that keys are rotated by, token after token. The table that it reads has them as rows
+// [frame][channel of the frame axis], then, side by side for every place in a frame, those of its row and column:
+// [row][column][channel].
+class Turns {
+ public:
+  // Of all rows, and a vector at both ends: whole vectors are read.
+  static int64_t table_floats(const PagedPast& past) {
+    if (past.rope_table == nullptr) return 0;
+    const Widths width(past.rope_axes);
+    return 2 * kLanes + past.rope_axes.size[0] * width.frame + width.places * width.place();
   }
-}
+
+  static void fill_table(const PagedPast& past, float* to) {
+    if (past.rope_table == nullptr) return;
+    const RopeAxes& axes = past.rope_axes;
+    const Widths width(axes);
+    const float *rows = past.rope_table + 2 * axes.table_offset(1),
+                *columns = past.rope_table + 2 * axes.table_offset(2);
+    const auto append = [&](const float* from, int64_t floats) {
+      memcpy(to, from, floats * sizeof(float));
+      to += floats;
+    };
+    memset(to, 0, kLanes * sizeof(float));
+    to += kLanes;
+    append(past.rope_table, axes.size[0] * width.frame);
+    for (int row = 0; row < axes.size[1]; ++row)
+      for (int column = 0; column < axes.size[2]; ++column) {
+        append(rows + row * width.row, width.row);
+        append(columns + column * width.column, width.column);
+      }
+    memset(to, 0, kLanes * sizeof(float));
+  }
+
+  Turns(const PagedPast& past, const float* table, int32_t token) : width_(past.rope_axes) {
+    place_ = static_cast<int32_t>(token % width_.places);
+    frame_ = table + kLanes + token / width_.places * width_.frame;
+    places_ = table + kLanes + past.rope_axes.size[0] * width_.frame;
+    for (int lane = 0; lane < kLanes; ++lane) of_frame_[lane] = lane < width_.frame % kLanes ? -1 : 0;
+  }
+
+  void next() {
+    if (++place_ < width_.places) return;
+    place_ = 0;
+    frame_ += width_.frame;
+  }
+
+  // Calls visit(d, turns, count) for the channels of a head, `count` from d on.
+  template <typename Visit>
+  SELFFORCING_INLINE void for_channels(int dim, const Visit& visit) const {
+    const float *frame = frame_, *place = places_ + place_ * width_.place() - width_.frame;
+    for_lanes(dim, [&](int64_t d, int count) __attribute__((always_inline)) {
+      Floats turns;
+      if (d + kLanes <= width_.frame)
+        turns = load(frame + d);
+      else if (d >= width_.frame)
+        turns = load(place + d);
+      else
+        turns = of_frame_ ? load(frame + d) : load(place + d);
+      visit(d, turns, count);
+    });
+  }
+
+ private:
+  struct Widths {
+    explicit Widths(const RopeAxes& axes)
+        : frame(2 * axes.pairs[0]),
+          row(2 * axes.pairs[1]),
+          column(2 * axes.pairs[2]),
+          places(int64_t{axes.size[1]} * axes.size[2]) {}
+    int64_t place() const { return row + column; }
+    int64_t frame, row, column;  // channels of each axis
+    int64_t places;              // in a frame
+  };
+
+  const Widths width_;
+  int64_t place_;
+  const float *frame_, *places_;
+  Ints of_frame_{};  // the lanes of the frame axis in the vector that both share
+};
 
 // ---- A row as it is stored: at(d, count) are its channels from d on
+
+template <typename Element>
+class PlainRow {
+ public:
+  static int64_t bytes(int dim) { return dim * sizeof(typename Element::Storage); }
+  static int64_t scales(int) { return 0; }
+  PlainRow(const void* row, const uint16_t*) : row_(static_cast<const typename Element::Storage*>(row)) {}
+  SELFFORCING_INLINE Floats at(int64_t d, int count) const { return load<Element>(row_ + d, count); }
+
+ private:
+  const typename Element::Storage* row_;
+};
 
 inline float from_bfloat16(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -66,168 +139,151 @@ class Int4Row {
   const uint16_t* scales_;
 };
 
-// ---- Rows of q's dtype
+// ---- Runs of rows
 
-// Memory of a worker.
-struct PastBuffers {
-  void* rows;      // keys and values of two runs: a word may hold the last row of one and the first of the next
-  float* decoded;  // keys that are still to be rotated
+template <typename StoredRow>
+struct RowType {
+  using Row = StoredRow;
 };
 
-template <typename Op>
-PastBuffers take_past_buffers(Arena& arena, int dim) {
-  PastBuffers to;
-  to.rows = arena.take<typename Op::Storage>(int64_t{4} * kDecodedRows * dim);
-  to.decoded = arena.take<float>(int64_t{kDecodedRows} * dim);
-  return to;
+// Calls call(RowType) with the type of a row of pages.
+template <typename Element, typename Call>
+void with_row_type(PageFormat format, const Call& call) {
+  switch (format) {
+    case PageFormat::elements: return call(RowType<PlainRow<Element>>{});
+    case PageFormat::int8: return call(RowType<ScaledRow<Int8>>{});
+    case PageFormat::fp8_e4m3: return call(RowType<ScaledRow<Float8E4M3>>{});
+    case PageFormat::int4: return call(RowType<Int4Row>{});
+  }
 }
 
-// Keys and values of the past of one K/V head.
-template <typename Op>
-class PastRows {
- public:
-  using Element = typename Op::Element;
-  using Storage = typename Op::Storage;
+// Neighbouring rows of one head in a page.
+struct StoredRows {
+  const char *rows, *ahead;  // and those that will be read next
+  int64_t stride;            // bytes
+  const uint16_t* scales;
+  int64_t scales_stride;
+  int count;
 
-  PastRows(const AttentionParams& p, int batch, int kv_head, const PastBuffers& buffers)
-      : p_(p), batch_(batch), kv_head_(kv_head), buffers_(buffers) {}
-
-  // How many may be read at a time.
-  int most() const { return decoded() || rotated() ? kDecodedRows : 1 << 30; }
-
-  // They stay until two runs later. `ahead`: what will be read next, if it is of the past.
-  KeyRun<Op> read(const KeyPlace& place, const KeyPlace& ahead) {
-    const PagedPast& past = p_.past;
-    const Place from = find(place);
-    const int count = place.count, dim = p_.head_dim;
-    KeyRun<Op> run{reinterpret_cast<Row<Op>>(from.k), reinterpret_cast<Row<Op>>(from.v), past.k_token_stride,
-                   past.v_token_stride, count};
-    if (!decoded() && !rotated()) return run;
-    const Place next = ahead.past == nullptr ? from : find(ahead);
-    Storage* to = static_cast<Storage*>(buffers_.rows) + (second_ ? 2 * kDecodedRows * dim : 0);
-    second_ = !second_;
-    const int32_t token = place.past->token + place.first - place.past->start;
-    if (decoded()) {
-      const float* offset = past.k_offset == nullptr ? nullptr : past.k_offset + int64_t{kv_head_} * dim;
-      const Quantised k{from.k, next.k, past.k_token_stride, past.k_scales, from.row, count};
-      if (rotated()) {
-        decode<Float32>(k, offset, buffers_.decoded);
-        rotate<Float32>(buffers_.decoded, nullptr, dim, count, token, to);
-      } else {
-        decode<Element>(k, offset, to);
-      }
-      run.v = to + kDecodedRows * dim;
-      run.v_stride = dim;
-      decode<Element>({from.v, next.v, past.v_token_stride, past.v_scales, from.row, count}, nullptr,
-                      to + kDecodedRows * dim);
-    } else {
-      rotate<Element>(run.k, reinterpret_cast<Row<Op>>(next.k), run.k_stride, count, token, to);
-      for (int i = 0; i < count; ++i)
-        prefetch_row(next.v + i * run.v_stride * static_cast<int64_t>(sizeof(Storage)), dim * sizeof(Storage));
-    }
-    run.k = to;
-    run.k_stride = dim;
-    return run;
+  // A row; asks for one that is read some rows later.
+  template <typename Row>
+  SELFFORCING_INLINE Row row(int i, int dim) const {
+    const int later = i + kPrefetchRows;
+    prefetch_row(later < count ? rows + later * stride : ahead + (later - count) * stride, Row::bytes(dim));
+    return Row(rows + i * stride, scales + i * scales_stride);
   }
-
- private:
-  // Of the first of neighbouring keys: where it and its value start, and its row of the scales.
-  struct Place {
-    const char *k, *v;
-    int64_t row;
-  };
-
-  struct Quantised {
-    const char *rows, *ahead;
-    int64_t stride;
-    const uint16_t* scales;
-    int64_t first;  // row of the scales; neighbouring tokens are num_kv_heads rows apart
-    int count;
-  };
-
-  bool decoded() const { return p_.past.format != PageFormat::elements; }
-  bool rotated() const { return p_.past.rope_table != nullptr; }
-
-  Place find(const KeyPlace& place) const {
-    const PagedPast& past = p_.past;
-    const int slot = place.first % past.page_size;
-    const int64_t page = past.page_table[batch_ * past.table_stride + place.first / past.page_size];
-    const int64_t size = decoded() ? 1 : sizeof(Storage);
-    const auto at = [&](const void* pages, int64_t page_stride, int64_t token_stride, int64_t head_stride) {
-      return static_cast<const char*>(pages) +
-             (page * page_stride + slot * token_stride + kv_head_ * head_stride) * size;
-    };
-    return {at(past.k_pages, past.k_page_stride, past.k_token_stride, past.k_head_stride),
-            at(past.v_pages, past.v_page_stride, past.v_token_stride, past.v_head_stride),
-            (page * past.page_size + slot) * p_.num_kv_heads + kv_head_};
-  }
-
-  template <typename To>
-  void decode(const Quantised& from, const float* offset, typename To::Storage* to) {
-    switch (p_.past.format) {
-      case PageFormat::elements: return;  // nothing to decode
-      case PageFormat::int8: return decode_rows<ScaledRow<Int8>, To>(from, offset, to);
-      case PageFormat::fp8_e4m3: return decode_rows<ScaledRow<Float8E4M3>, To>(from, offset, to);
-      case PageFormat::int4: return decode_rows<Int4Row, To>(from, offset, to);
-    }
-  }
-
-  template <typename StoredRow, typename To>
-  void decode_rows(const Quantised& from, const float* offset, typename To::Storage* to) {
-    const int dim = p_.head_dim;
-    for (int i = 0; i < from.count; ++i, to += dim) {
-      prefetch_row(from.ahead + i * from.stride, StoredRow::bytes(dim));
-      const StoredRow row(from.rows + i * from.stride,
-                          from.scales + (from.first + int64_t{i} * p_.num_kv_heads) * StoredRow::scales(dim));
-      for_lanes(dim, [&](int64_t d, int count) __attribute__((always_inline)) {
-        Floats x = row.at(d, count);
-        if (offset != nullptr) x += load<Float32>(offset + d, count);
-        store<To>(to + d, x, count);
-      });
-    }
-  }
-
-  template <typename From>
-  void rotate(const typename From::Storage* rows, const typename From::Storage* ahead, int64_t stride, int count,
-              int32_t first_token, Storage* to) {
-    const int dim = p_.head_dim;
-    for (int i = 0; i < count; ++i, rows += stride, to += dim) {
-      if (ahead != nullptr) prefetch_row(ahead + i * stride, dim * sizeof(*rows));
-      // Whole vectors: what is too much is overwritten, by the next axis, row or run.
-      for_turns(p_.past, first_token + i, [&](int64_t d, Floats turns, int lanes) __attribute__((always_inline)) {
-        Element::narrow(to + d, rotate_pairs(load<From>(rows + d, lanes), turns));
-      });
-    }
-  }
-
-  const AttentionParams& p_;
-  int batch_, kv_head_;
-  PastBuffers buffers_;
-  bool second_ = false;  // which half of the rows is next
 };
 
-// The keys and values that a block sees.
+// Packs them as rows from `first` on. `offset`: nullptr, or what is added to every row.
+template <typename Op, typename StoredRow>
+void pack_stored(StoredRows from, const float* offset, int first, PackedRows<Op> to) {
+  const auto at = [&](const StoredRow& row, int64_t d, int lanes) __attribute__((always_inline)) {
+    const Floats x = row.at(d, lanes);
+    return offset == nullptr ? x : x + load<Float32>(offset + d, lanes);
+  };
+  const auto put = [&](int i) __attribute__((always_inline)) {
+    const StoredRow row = from.row<StoredRow>(i, to.dim);
+    for_lanes(to.dim,
+              [&](int64_t d, int lanes) __attribute__((always_inline)) { to.put(first + i, d, at(row, d, lanes)); });
+  };
+  const auto join = [&](int i) __attribute__((always_inline)) {
+    const StoredRow row = from.row<StoredRow>(i, to.dim);
+    const StoredRow last = Op::kPack == 1 ? row : from.row<StoredRow>(i + Op::kPack - 1, to.dim);
+    float* joined = to.joined_at(first + i);
+    for_lanes(to.dim, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+      Floats x[Op::kPack] = {Op::rounded(at(row, d, lanes))};
+      if constexpr (Op::kPack == 2) x[1] = Op::rounded(at(last, d, lanes));
+      store(joined + d * to.joined_channel, Op::join(x));
+    });
+  };
+  if (to.rows == nullptr) return for_words<Op>(first, from.count, join, put);
+  for (int i = 0; i < from.count; ++i) put(i);
+}
+
+// The same, each row rotated: `turns` are those of the first.
+template <typename Op, typename StoredRow>
+void pack_rotated(StoredRows from, const float* offset, Turns turns, int first, PackedRows<Op> to) {
+  for (int i = 0; i < from.count; ++i, turns.next()) {
+    const StoredRow row = from.row<StoredRow>(i, to.dim);
+    turns.for_channels(to.dim, [&](int64_t d, Floats pairs, int lanes) __attribute__((always_inline)) {
+      Floats x = row.at(d, lanes);
+      if (offset != nullptr) x += load<Float32>(offset + d, lanes);
+      to.put(first + i, d, rotate_pairs(x, pairs));
+    });
+  }
+}
+
+// The keys and values that a block sees, on their way into a packed tile.
 template <typename Op>
 class VisibleKeys : public KeyWalk {
  public:
-  VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block, const PastBuffers& buffers)
-      : KeyWalk(p, batch, kv_head, block), p_(p), batch_(batch), kv_head_(kv_head), past_(p, batch, kv_head, buffers) {}
+  // `turns`: the table of Turns.
+  VisibleKeys(const AttentionParams& p, int batch, int kv_head, int block, const float* turns)
+      : KeyWalk(p, batch, kv_head, block), p_(p), batch_(batch), kv_head_(kv_head), turns_(turns) {}
 
-  // The next run, of at most `most` keys.
-  KeyRun<Op> next_run(int most) {
-    const KeyPlace place = next(most < past_.most() ? most : past_.most());
+  // Packs some of the next keys and values, at most `most`, as rows from `first` on. Returns how many.
+  int pack_some(int first, int most, const PackedRows<Op>& keys, const PackedRows<Op>& values) {
+    const KeyPlace place = next(most);
     if (place.past != nullptr) {
-      KeyWalk ahead = *this;
-      return past_.read(place, ahead.next(1));
+      KeyWalk rest = *this;
+      pack_past(place, rest.next(1), first, keys, values);
+    } else {
+      pack_rows<Op>(row_of<Op>(p_.k, batch_, kv_head_, place.first), p_.k.token_stride, place.count, first, keys);
+      pack_rows<Op>(row_of<Op>(p_.v, batch_, kv_head_, place.first), p_.v.token_stride, place.count, first, values);
     }
-    return {row_of<Op>(p_.k, batch_, kv_head_, place.first), row_of<Op>(p_.v, batch_, kv_head_, place.first),
-            p_.k.token_stride, p_.v.token_stride, place.count};
+    return place.count;
   }
 
  private:
+  void pack_past(const KeyPlace& place, const KeyPlace& next, int first, const PackedRows<Op>& keys,
+                 const PackedRows<Op>& values) const {
+    const PagedPast& past = p_.past;
+    const StoredRows k =
+        stored(place, next, past.k_pages, past.k_page_stride, past.k_token_stride, past.k_head_stride, past.k_scales);
+    const StoredRows v =
+        stored(place, next, past.v_pages, past.v_page_stride, past.v_token_stride, past.v_head_stride, past.v_scales);
+    const bool plain = past.format == PageFormat::elements, rotated = past.rope_table != nullptr;
+    if (plain && !rotated)
+      pack_rows<Op>(reinterpret_cast<Row<Op>>(k.rows), past.k_token_stride, place.count, first, keys);
+    if (plain) pack_rows<Op>(reinterpret_cast<Row<Op>>(v.rows), past.v_token_stride, place.count, first, values);
+    if (plain && !rotated) return;
+    const float* offset = past.k_offset == nullptr ? nullptr : past.k_offset + int64_t{kv_head_} * p_.head_dim;
+    with_row_type<typename Op::Element>(past.format, [&](auto type) {
+      using StoredRow = typename decltype(type)::Row;
+      if (rotated)
+        pack_rotated<Op, StoredRow>(k, offset, Turns(past, turns_, token_of(place)), first, keys);
+      else
+        pack_stored<Op, StoredRow>(k, offset, first, keys);
+      if (!plain) pack_stored<Op, StoredRow>(v, nullptr, first, values);
+    });
+  }
+
+  StoredRows stored(const KeyPlace& place, const KeyPlace& next, const void* pages, int64_t page_stride,
+                    int64_t token_stride, int64_t head_stride, const uint16_t* scales) const {
+    const PagedPast& past = p_.past;
+    const int64_t size = past.format == PageFormat::elements ? sizeof(typename Op::Storage) : 1;
+    const int64_t row_scales = past.format == PageFormat::int4 ? p_.head_dim / kInt4Group : 1;
+    const auto page_of = [&](int position) {
+      return int64_t{past.page_table[batch_ * past.table_stride + position / past.page_size]};
+    };
+    const auto row_at = [&](int position) {
+      const int64_t offset =
+          page_of(position) * page_stride + position % past.page_size * token_stride + kv_head_ * head_stride;
+      return static_cast<const char*>(pages) + offset * size;
+    };
+    StoredRows from{row_at(place.first),          nullptr,    token_stride * size, nullptr,
+                    p_.num_kv_heads * row_scales, place.count};
+    from.ahead = next.past == nullptr ? from.rows : row_at(next.first);
+    if (scales != nullptr)
+      from.scales = scales + ((page_of(place.first) * past.page_size + place.first % past.page_size) * p_.num_kv_heads +
+                              kv_head_) *
+                                 row_scales;
+    return from;
+  }
+
   const AttentionParams& p_;
   int batch_, kv_head_;
-  PastRows<Op> past_;
+  const float* turns_;
 };
 
 }  // namespace SELFFORCING_ISA
