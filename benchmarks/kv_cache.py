@@ -202,7 +202,7 @@ def measure_attend(name: str, size: Size, dtype: torch.dtype, page_size: int | N
         """What self-attention does from its projections on."""
         if cache.rope == "on_read":
             where: tuple[Any, ...] = (1, 1, 1), 0
-            tokens = [x.flatten(2).flatten(0, 1).unsqueeze(1) for x in (q, k)]
+            tokens = [x.view(-1, 1, size.num_heads * size.head_dim) for x in (q, k)]
         else:
             where = grid, cache.position
             tokens = [x.flatten(2) for x in (q, k)]

@@ -31,11 +31,11 @@ from selfforcing_ext.frames import Frames
 from selfforcing_ext.integers import check_integer
 from selfforcing_ext.intervals import Interval
 from selfforcing_ext.kv_cache_view import KVCacheView
-from selfforcing_ext.library import nvtx_range, ops
+from selfforcing_ext.library import call, nvtx_range, ops
 from selfforcing_ext.mask import check_window
 from selfforcing_ext.page_pool import LayerPages, PagePool
 from selfforcing_ext.past_geometry import PastGeometry
-from selfforcing_ext.rope import check_qk_norm_rope, qk_norm_rope, rope_3d, rope_table
+from selfforcing_ext.rope import check_qk_norm_rope, qk_norm_rope, rope_table
 from selfforcing_ext.stream import Stream
 from selfforcing_ext.upload import copy_to_device, on_device
 
@@ -851,7 +851,7 @@ class PagedKVCache:
         """A block over its own k and v, and over the past."""
         if turns is not None:
             grid = (k.shape[1] // self.frame_seqlen, *turns[1][1:])
-            q, k = (rope_3d(x, grid, start_frame) for x in (q, k))
+            q, k = (call(ops.rope_3d, x, start_frame, grid, False) for x in (q, k))  # checked above
         past = self.pool.past(layers, layer, page_table, spans, *(turns or ()))
         table = full_table(q.shape[1], k.shape[1], q.device)
         if gradient is not None:

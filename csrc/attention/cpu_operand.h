@@ -192,11 +192,23 @@ struct PackedRows {
     return joined + static_cast<uint32_t>(row) / Op::kPack * joined_row;
   }
 
-  // Channels [d, d + kLanes) of a row.
-  SELFFORCING_INLINE void put(int row, int64_t d, Floats x) const {
-    x = Op::rounded(x);
-    if (rows != nullptr) Op::store_summed(rows + int64_t{row} * (dim / Op::kPack) + d / Op::kPack, x);
-    if (joined != nullptr) Op::store_part(joined_at(row) + d * joined_channel, x, row % Op::kPack);
+  // Where one row goes.
+  struct Place {
+    float *words, *joined;
+    int64_t joined_channel;
+    int part;  // of the joined words
+
+    // Channels [d, d + kLanes).
+    SELFFORCING_INLINE void put(int64_t d, Floats x) const {
+      x = Op::rounded(x);
+      if (words != nullptr) Op::store_summed(words + static_cast<uint64_t>(d) / Op::kPack, x);
+      if (joined != nullptr) Op::store_part(joined + d * joined_channel, x, part);
+    }
+  };
+  SELFFORCING_INLINE Place place(int row) const {
+    return {rows == nullptr ? nullptr : rows + int64_t{row} * (dim / Op::kPack),
+            joined == nullptr ? nullptr : joined_at(row), joined_channel,
+            static_cast<int>(static_cast<uint32_t>(row) % Op::kPack)};
   }
 
   // Rows [first, end) as zeros.

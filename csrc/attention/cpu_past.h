@@ -183,8 +183,8 @@ void pack_stored(StoredRows from, const float* offset, int first, PackedRows<Op>
   };
   const auto put = [&](int i) __attribute__((always_inline)) {
     const StoredRow row = from.row<StoredRow>(i, to.dim);
-    for_lanes(to.dim,
-              [&](int64_t d, int lanes) __attribute__((always_inline)) { to.put(first + i, d, at(row, d, lanes)); });
+    const auto place = to.place(first + i);
+    for_lanes(to.dim, [&](int64_t d, int lanes) __attribute__((always_inline)) { place.put(d, at(row, d, lanes)); });
   };
   const auto join = [&](int i) __attribute__((always_inline)) {
     const StoredRow row = from.row<StoredRow>(i, to.dim);
@@ -205,10 +205,11 @@ template <typename Op, typename StoredRow>
 void pack_rotated(StoredRows from, const float* offset, Turns turns, int first, PackedRows<Op> to) {
   for (int i = 0; i < from.count; ++i, turns.next()) {
     const StoredRow row = from.row<StoredRow>(i, to.dim);
+    const auto place = to.place(first + i);
     turns.for_channels(to.dim, [&](int64_t d, Floats pairs, int lanes) __attribute__((always_inline)) {
       Floats x = row.at(d, lanes);
       if (offset != nullptr) x += load<Float32>(offset + d, lanes);
-      to.put(first + i, d, rotate_pairs(x, pairs));
+      place.put(d, rotate_pairs(x, pairs));
     });
   }
 }

@@ -43,7 +43,7 @@ struct Float8E4M3 {
     // The same bits as a float16, whose bias is 15. Its subnormal numbers are exact whatever the machine makes of those
     // of float32.
     Shorts half = (shorts(from) << 7) & static_cast<int16_t>(0xbfff);
-    half |= ((half & 0x3f80) == 0x3f80) & 0x7c00;
+    half |= (half + 0x0080) & 0x4000;  // the last bit of the exponent, where a NaN's other bits carry into it
     uint16_t bits[kLanes];
     memcpy(bits, &half, sizeof(half));
     return Float16::widen(bits);
@@ -67,7 +67,9 @@ struct Float8E4M3 {
 SELFFORCING_INLINE Floats widen_int4(const uint8_t* row, int64_t d) {
   constexpr int64_t kHalf = 16;  // channels of a group in the same four bits
   const Ints bytes = widen_bytes(row + d / (2 * kHalf) * kHalf + d % kHalf);
-  return __builtin_convertvector(((bytes >> (d % (2 * kHalf) < kHalf ? 0 : 4)) & 15) - 8, Floats);
+  // 2^23 + n has n in its last bits.
+  const Ints bits = ((bytes >> (d % (2 * kHalf) < kHalf ? 0 : 4)) & 15) | 0x4b000000;
+  return reinterpret_cast<Floats>(bits) - (0x1p23f + 8);
 }
 
 }  // namespace SELFFORCING_ISA
