@@ -58,12 +58,13 @@ class Turns {
   // Calls visit(d, turns, count) for the channels of a head, `count` from d on.
   template <typename Visit>
   SELFFORCING_INLINE void for_channels(int dim, const Visit& visit) const {
-    const float *frame = frame_, *place = places_ + place_ * width_.place() - width_.frame;
+    const int64_t width = 2 * RopeAxes(0, 0, 0, dim).pairs[0];  // of the frame axis
+    const float *frame = frame_, *place = places_ + place_ * (dim - width) - width;
     for_lanes(dim, [&](int64_t d, int count) __attribute__((always_inline)) {
       Floats turns;
-      if (d + kLanes <= width_.frame)
+      if (d + kLanes <= width)
         turns = load(frame + d);
-      else if (d >= width_.frame)
+      else if (d >= width)
         turns = load(place + d);
       else
         turns = of_frame_ ? load(frame + d) : load(place + d);
@@ -174,9 +175,22 @@ struct StoredRows {
   }
 };
 
-// Packs them as rows from `first` on. `offset`: nullptr, or what is added to every row.
-template <typename Op, typename StoredRow>
+// Calls call(IntConstant) with a common head dim as a compile-time constant: then the loops over channels are unrolled,
+// and what a row takes besides is about halved. 0: any other.
+template <typename Call>
+void with_dim(int dim, const Call& call) {
+  switch (dim) {
+    case 32: return call(IntConstant<32>{});
+    case 64: return call(IntConstant<64>{});
+    case 128: return call(IntConstant<128>{});
+    default: return call(IntConstant<0>{});
+  }
+}
+
+// Packs them as rows from `first` on. `offset`: nullptr, or what is added to every row. kDim: see with_dim.
+template <typename Op, typename StoredRow, int kDim>
 void pack_stored(StoredRows from, const float* offset, int first, PackedRows<Op> to) {
+  if constexpr (kDim != 0) to.dim = kDim;
   const auto at = [&](const StoredRow& row, int64_t d, int lanes) __attribute__((always_inline)) {
     const Floats x = row.at(d, lanes);
     return offset == nullptr ? x : x + load<Float32>(offset + d, lanes);
@@ -201,8 +215,9 @@ void pack_stored(StoredRows from, const float* offset, int first, PackedRows<Op>
 }
 
 // The same, each row rotated: `turns` are those of the first.
-template <typename Op, typename StoredRow>
+template <typename Op, typename StoredRow, int kDim>
 void pack_rotated(StoredRows from, const float* offset, Turns turns, int first, PackedRows<Op> to) {
+  if constexpr (kDim != 0) to.dim = kDim;
   for (int i = 0; i < from.count; ++i, turns.next()) {
     const StoredRow row = from.row<StoredRow>(i, to.dim);
     const auto place = to.place(first + i);
@@ -251,11 +266,14 @@ class VisibleKeys : public KeyWalk {
     const float* offset = past.k_offset == nullptr ? nullptr : past.k_offset + int64_t{kv_head_} * p_.head_dim;
     with_row_type<typename Op::Element>(past.format, [&](auto type) {
       using StoredRow = typename decltype(type)::Row;
-      if (rotated)
-        pack_rotated<Op, StoredRow>(k, offset, Turns(past, turns_, token_of(place)), first, keys);
-      else
-        pack_stored<Op, StoredRow>(k, offset, first, keys);
-      if (!plain) pack_stored<Op, StoredRow>(v, nullptr, first, values);
+      with_dim(p_.head_dim, [&](auto dim) {
+        constexpr int kDim = decltype(dim)::kValue;
+        if (rotated)
+          pack_rotated<Op, StoredRow, kDim>(k, offset, Turns(past, turns_, token_of(place)), first, keys);
+        else
+          pack_stored<Op, StoredRow, kDim>(k, offset, first, keys);
+        if (!plain) pack_stored<Op, StoredRow, kDim>(v, nullptr, first, values);
+      });
     });
   }
 
