@@ -49,3 +49,29 @@ def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         )
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")
+
+
+def number_per_entry(
+    name: str, number: int | Tensor, integers: dtype, other_name: str, other: Tensor
+) -> Tensor:  # [1] or [B]
+    """A number that all entries of a batch share, or a tensor [1] or [B], as a tensor on the device of ``other``.
+
+    Raises TypeError for another dtype than ``integers``, ValueError for a number that does not fit into it, and for
+    another shape or device than that of ``other``, which has a batch dimension.
+    """
+    if isinstance(number, int | torch.SymInt):
+        limits = torch.iinfo(integers)
+        if not limits.min <= number <= limits.max:
+            raise ValueError(f"{name} is {number}, but must be in [{limits.min}, {limits.max}]")
+        return torch.full((1,), number, dtype=integers, device=other.device)
+    if not isinstance(number, Tensor) or number.dtype != integers:
+        got = dtype_name(number.dtype) if isinstance(number, Tensor) else type(number).__name__
+        raise TypeError(f"{name} is {got}, but must be an int or an {dtype_name(integers)} tensor")
+    if number.ndim != 1 or number.shape[0] not in (1, other.shape[0]):
+        raise ValueError(
+            f"{name} has shape {list(number.shape)}, but must be an int or have shape [1] or [{other.shape[0]}] "
+            f"like the batch of {other_name}"
+        )
+    if number.device != other.device:
+        raise ValueError(f"{name} is on {number.device}, but must be on {other.device} like {other_name}")
+    return number

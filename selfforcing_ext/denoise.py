@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_ext.checks import check_float_tensor, dtype_name
+from selfforcing_ext.checks import check_float_tensor, dtype_name, number_per_entry
 from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 from selfforcing_ext.philox import PhiloxNoise
 
@@ -188,25 +188,11 @@ def _noise(
     """As the ops take it: the noise itself, or seed and offset to draw it with."""
     if not isinstance(noise, PhiloxNoise):
         return _like("noise", noise, other_name, other), None, None
-    return None, _number_tensor("seed", noise.seed, other), _number_tensor("offset", noise.offset, other)
-
-
-def _number_tensor(name: str, number: int | Tensor, latents: Tensor) -> Tensor:  # int64 [1] or [B]
-    if isinstance(number, int):
-        if not -(2**63) <= number < 2**63:
-            raise ValueError(f"{name} of noise is {number}, but must be in [-2^63, 2^63)")
-        return torch.full((1,), number, dtype=torch.int64, device=latents.device)
-    if not isinstance(number, Tensor) or number.dtype != torch.int64:
-        got = dtype_name(number.dtype) if isinstance(number, Tensor) else type(number).__name__
-        raise TypeError(f"{name} of noise is {got}, but must be an int or an int64 tensor")
-    if number.ndim != 1 or number.shape[0] not in (1, latents.shape[0]):
-        raise ValueError(
-            f"{name} of noise has shape {list(number.shape)}, but must be an int or have shape [1] or "
-            f"[{latents.shape[0]}] like the batch"
-        )
-    if number.device != latents.device:
-        raise ValueError(f"{name} of noise is on {number.device}, but must be on {latents.device} like the latents")
-    return number
+    seed, offset = (
+        number_per_entry(f"{name} of noise", number, torch.int64, "the latents", other)
+        for name, number in zip(noise._fields, noise, strict=True)
+    )
+    return None, seed, offset
 
 
 def _noise_level(name: str, sigma: Tensor, latents: Tensor) -> Tensor:  # float32 [B, F]

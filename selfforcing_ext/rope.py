@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_ext.checks import check_float_tensor, check_head_dim, check_heads, dtype_name
+from selfforcing_ext.checks import check_float_tensor, check_head_dim, check_heads, dtype_name, number_per_entry
 from selfforcing_ext.library import call, nvtx_range, ops, register_autograd
 
 ROPE_BASE = 10000.0  # as in csrc/geometry/rope_axes.h
@@ -49,7 +49,8 @@ def rope_3d(
     if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
         raise ValueError(f"x has head dim {x.shape[3]}, but must have an even one up to 256")
     _check_grid("x", x, grid)
-    out: Tensor = call(ops.rope_3d, x, _start_frame_tensor(start_frame, x), list(grid), False)
+    start = number_per_entry("start_frame", start_frame, torch.int32, "x", x)
+    out: Tensor = call(ops.rope_3d, x, start, list(grid), False)
     return out
 
 
@@ -91,7 +92,7 @@ def qk_norm_rope(
         ops.qk_norm_rope,
         x,
         weight.float().contiguous(),
-        _start_frame_tensor(start_frame, x),
+        number_per_entry("start_frame", start_frame, torch.int32, "x", x),
         num_heads,
         list(grid),
         eps,
@@ -157,21 +158,6 @@ def _check_grid(name: str, x: Tensor, grid: Sequence[int]) -> None:
     num_tokens = grid[0] * grid[1] * grid[2]
     if x.shape[1] != num_tokens:
         raise ValueError(f"{name} has {x.shape[1]} tokens, but grid {tuple(grid)} has {num_tokens}")
-
-
-def _start_frame_tensor(start_frame: int | Tensor, x: Tensor) -> Tensor:  # int32 [1] or [B]
-    if not isinstance(start_frame, Tensor):
-        return torch.full((1,), start_frame, dtype=torch.int32, device=x.device)
-    if start_frame.dtype != torch.int32:
-        raise TypeError(f"start_frame is {dtype_name(start_frame.dtype)}, but must be an int or an int32 tensor")
-    if start_frame.ndim != 1 or start_frame.shape[0] not in (1, x.shape[0]):
-        raise ValueError(
-            f"start_frame has shape {list(start_frame.shape)}, but must be an int or have shape [1] or "
-            f"[{x.shape[0]}] like the batch of x"
-        )
-    if start_frame.device != x.device:
-        raise ValueError(f"start_frame is on {start_frame.device}, but must be on {x.device} like x")
-    return start_frame
 
 
 @torch.library.register_fake("selfforcing::rope_3d")

@@ -202,6 +202,7 @@ def test_same_bits_with_any_number_of_threads():
 
 
 X, SIGMA, SEED = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3), torch.tensor([3])
+MANY_PLANES = torch.zeros(1).expand(3, 2**15, 2**15, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +295,10 @@ def test_bad_input(call, error, message):
         (
             lambda: ops.denoise_x0(X, None, X[0], SIGMA, 1.0),
             r"denoise_x0: x_t has shape \[3, 1, 4, 4\], but must be \[B, F",
+        ),
+        (
+            lambda: ops.denoise_x0(MANY_PLANES, None, MANY_PLANES, SIGMA, 1.0),
+            r"B \* F \* C is 3221225472, but must be less than 2\^31",
         ),
         (lambda: ops.denoise_x0(X.half(), None, X, SIGMA, 1.0), "flow is float16, but must be float32 like x_t"),
         (lambda: ops.denoise_x0(X, None, X, SIGMA.double(), 1.0), "sigma is float64, but must be float32"),

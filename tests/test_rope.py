@@ -234,6 +234,8 @@ X4, X3, WEIGHT = torch.zeros(1, 24, 2, 8), torch.zeros(1, 24, 16), torch.ones(16
             TypeError,
             "start_frame is int64, but must be an int or an int32",
         ),
+        (lambda: rope_3d(X4, GRID, 1.5), TypeError, "start_frame is float, but must be an int or an int32 tensor"),
+        (lambda: rope_3d(X4, GRID, 2**31), ValueError, "start_frame is 2147483648, but must be in"),
         (
             lambda: rope_3d(X4, GRID, torch.zeros(2, dtype=torch.int32)),
             ValueError,

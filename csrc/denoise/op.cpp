@@ -24,6 +24,7 @@ class LatentArguments {
     shape_.channels = size_int32(first.size(2), "C");
     shape_.plane = first.size(3) * first.size(4);
     size_int32(shape_.frames * shape_.channels * shape_.plane, "F * C * H * W");
+    size_int32(first.size(0) * first.size(1) * first.size(2), "B * F * C");
     tensors_.reserve(kMaxTensors);
     tensors_.push_back(with_dense_planes(first));
   }

@@ -80,6 +80,7 @@ void kv_cache_write(Tensor k_pages, Tensor v_pages, const Tensor& page_table, co
                     const std::optional<Tensor>& v_scales, const std::optional<Tensor>& k_offset) {
   KVCacheWriteParams params =
       write_params("kv_cache_write", k_pages, v_pages, page_table, write_start, k, v, k_scales, v_scales, k_offset);
+  if (k.numel() == 0) return;
 #ifndef SELFFORCING_WITH_CUDA
   check_targets("kv_cache_write", params, k_pages.size(0));
 #endif

@@ -31,6 +31,11 @@ SELFFORCING_HOST_DEVICE int64_t num_tokens(const FeatureShape& shape) {
   return static_cast<int64_t>(shape.frames) * shape.frame_seqlen;
 }
 
+// Ranges of tokens into which a frame is split for sums.
+SELFFORCING_HOST_DEVICE int64_t num_ranges(const FeatureShape& shape) {
+  return (static_cast<int64_t>(shape.frame_seqlen) + kRangeTokens - 1) / kRangeTokens;
+}
+
 // The index in [B, L] of this warp's token.
 __device__ __forceinline__ int64_t warp_token() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / ptx::kWarpSize;
@@ -162,14 +167,16 @@ __global__ void __launch_bounds__(kThreads) gated_residual_kernel(const GatedRes
   });
 }
 
-// ---- Sums over frames. Grid: x frames of the batch, y ranges of a frame, z column groups.
+// ---- Sums over frames. Grid: x ranges of all frames of the batch, y column groups.
 
 // Calls add(token, c, sums) for every token of this block's range, then writes the totals to their slots.
 template <int kSums, int kWidth, typename Add>
 __device__ __forceinline__ void sum_frame(const FeatureShape& shape, const ptx::RangeSums<kSums>& out, const Add& add) {
-  const int32_t c = static_cast<int32_t>(blockIdx.z * ptx::kColumnLanes + threadIdx.x) * kWidth;
-  const int32_t first = static_cast<int32_t>(blockIdx.y) * kRangeTokens;
-  const int64_t batch = blockIdx.x / shape.frames, frame = blockIdx.x % shape.frames;
+  const int32_t c = static_cast<int32_t>(blockIdx.y * ptx::kColumnLanes + threadIdx.x) * kWidth;
+  const uint32_t ranges = static_cast<uint32_t>(num_ranges(shape)), frames = static_cast<uint32_t>(shape.frames);
+  const uint32_t group = blockIdx.x / ranges, range = blockIdx.x - group * ranges;
+  const int32_t first = static_cast<int32_t>(range) * kRangeTokens;
+  const int64_t batch = group / frames, frame = group % frames;
   float sums[kSums][kWidth];
   ptx::sum_rows<kSums, kWidth>(first, min(first + kRangeTokens, shape.frame_seqlen), c < shape.channels, sums,
                                [&](int32_t within, float (&totals)[kSums][kWidth]) {
@@ -177,7 +184,7 @@ __device__ __forceinline__ void sum_frame(const FeatureShape& shape, const ptx::
                                });
   if (threadIdx.y != 0 || c >= shape.channels) return;
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) ptx::store_elements<float>(out.slot(s, blockIdx.x, blockIdx.y) + c, sums[s]);
+  for (int s = 0; s < kSums; ++s) ptx::store_elements<float>(out.slot(s, group, range) + c, sums[s]);
 }
 
 constexpr int kSumThreads = ptx::kColumnLanes * ptx::kRowLanes;
@@ -245,12 +252,10 @@ dim3 token_grid(const FeatureShape& shape) {
   return dim3(static_cast<unsigned>((shape.batch * num_tokens(shape) + kWarps - 1) / kWarps));
 }
 
-int64_t num_ranges(const FeatureShape& shape) { return (shape.frame_seqlen + kRangeTokens - 1) / kRangeTokens; }
-
 template <int kWidth>
 dim3 sum_grid(const FeatureShape& shape) {
   constexpr int kColumns = ptx::kColumnLanes * kWidth;
-  return dim3(static_cast<unsigned>(shape.batch) * shape.frames, static_cast<unsigned>(num_ranges(shape)),
+  return dim3(static_cast<unsigned>(num_ranges(shape) * shape.batch * shape.frames),
               static_cast<unsigned>((shape.channels + kColumns - 1) / kColumns));
 }
 

@@ -302,7 +302,20 @@ void set_order(Order order, unsigned seed) {
 
 void* shared_memory() { return shared; }
 
+// CUDA C++ Programming Guide, technical specifications.
+void check_launch(dim3 grid, dim3 block) {
+  constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535, kMaxThreads = 1024, kMaxBlockZ = 64;
+  if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
+    throw std::runtime_error("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+                             std::to_string(grid.z) + " blocks is larger than a GPU takes");
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ)
+    throw std::runtime_error("a block of " + std::to_string(block.x) + " x " + std::to_string(block.y) + " x " +
+                             std::to_string(block.z) + " threads is not what a GPU takes");
+}
+
 void run(dim3 grid, dim3 block, size_t bytes, void (*body)(void* context), void* context) {
+  check_launch(grid, block);
   shared_bytes = bytes;
   num_threads = static_cast<int>(block.x * block.y * block.z);
   kernel_body = body;
