@@ -22,12 +22,15 @@ inline int32_t page_box_rows(int32_t page_size, int32_t tile_rows) {
   return 0;
 }
 
-// Of 16-bit elements: addresses and strides that are multiples of 16 bytes (CUDA Driver API, cuTensorMapEncodeTiled).
+// Of 16-bit elements: addresses and strides that are multiples of 16 bytes, and strides below 2^40 bytes (CUDA Driver
+// API, cuTensorMapEncodeTiled); sizes are int32 and thus below its 2^32.
 template <typename Pointer>
 bool fits_tensor_map(const Heads<Pointer>& tensor, int64_t streams, int64_t rows, int64_t heads) {
   if (rows == 0) return true;
-  constexpr int64_t kBytes = 16, kElements = kBytes / 2;
-  const auto fits = [](int64_t stride, int64_t size) { return size <= 1 || (stride > 0 && stride % kElements == 0); };
+  constexpr int64_t kBytes = 16, kElements = kBytes / 2, kLimit = (int64_t{1} << 40) / 2;
+  const auto fits = [](int64_t stride, int64_t size) {
+    return size <= 1 || (stride > 0 && stride < kLimit && stride % kElements == 0);
+  };
   return reinterpret_cast<uintptr_t>(tensor.data) % kBytes == 0 && fits(tensor.batch_stride, streams) &&
          fits(tensor.token_stride, rows) && fits(tensor.head_stride, heads);
 }

@@ -146,6 +146,7 @@ __device__ __forceinline__ void round_sums(unsigned (&factor)[kDepths][4], const
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       factor[depth][i] = ptx::pack_pair<T>(sums[8 * depth + 2 * i], sums[8 * depth + 2 * i + 1]);
+  ptx::hold_factor(factor);
 }
 
 // Asks for sums += factor b, for as many rows of b, from `row` on, as the factor has columns.

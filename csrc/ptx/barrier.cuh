@@ -24,6 +24,13 @@ __device__ __forceinline__ void barrier_init(SharedAddress barrier, int arrivals
   SELFFORCING_HOPPER_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// %globaltimer ("Special Registers"), its lower half: it starts anew every 4.3 seconds.
+__device__ __forceinline__ unsigned global_nanoseconds() {
+  unsigned now;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+  return now;
+}
+
 // Makes barriers that this thread initialised visible to copies too.
 __device__ __forceinline__ void fence_barrier_init() {
   SELFFORCING_HOPPER_ASM("fence.mbarrier_init.release.cluster;" :: : "memory");
@@ -40,17 +47,37 @@ __device__ __forceinline__ void barrier_arrive_expect(SharedAddress barrier, int
                          "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(SharedAddress barrier, unsigned parity) {
+// Whether the phase has ended; the thread is suspended for a while before it hears that it has not.
+__device__ __forceinline__ bool barrier_try_wait(SharedAddress barrier, unsigned parity) {
   unsigned ended = 1;
-  do {
-    SELFFORCING_HOPPER_ASM(
+  SELFFORCING_HOPPER_ASM(
+      "{\n"
+      ".reg .pred ended;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n"
+      "}" : "=r"(ended) : "r"(barrier),
+      "r"(parity) : "memory");
+  return ended != 0;
+}
+
+// A wait that does not end is a bug, and a kernel that hangs keeps the GPU and says nothing. So this one ends, after
+// two seconds, by a store to address 0: an error of the process. (__trap() would end it, too, but where a path ends the
+// compiler lets products of warpgroups wait for each other and spills registers.)
+__device__ __forceinline__ void barrier_wait(SharedAddress barrier, unsigned parity) {
+  constexpr unsigned kMostNanoseconds = 2'000'000'000;
+  unsigned start = 0;
+  while (!barrier_try_wait(barrier, parity)) {
+    const unsigned now = global_nanoseconds() | 1;
+    if (start == 0) start = now;
+    asm volatile(
         "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}" : "=r"(ended) : "r"(barrier),
-        "r"(parity) : "memory");
-  } while (ended == 0);
+        ".reg .pred late;\n"
+        "setp.gt.u32 late, %0, %1;\n"
+        "@late st.global.u32 [%2], %0;\n"
+        "}" ::"r"(now - start),
+        "n"(kMostNanoseconds), "l"(0ll)
+        : "memory");
+  }
 }
 
 // bar.sync: `threads` of the block, whole warps, meet; id 1 to 15 (0 is __syncthreads).

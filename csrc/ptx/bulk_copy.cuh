@@ -6,6 +6,8 @@
 // dense, its first dimension innermost, its 16-byte chunks swizzled (swizzle.cuh). What lies outside of the tensor is
 // zero in shared memory and not written back.
 #pragma once
+#include <algorithm>
+
 #include "barrier.cuh"
 #include "swizzle.cuh"
 
@@ -28,6 +30,15 @@ namespace tensor_map {
 constexpr int32_t kInvalidValue = 1;       // cudaErrorInvalidValue
 constexpr int32_t kNeedsNewerDriver = 36;  // cudaErrorCallRequiresNewerDriver
 
+constexpr int64_t kStrideUnit = 16, kStrideLimit = int64_t{1} << 40;  // in bytes
+
+// Dimensions 0 to i take so many bytes: a stride for the next one, if it has size 1, that any rule allows.
+inline int64_t stride_past(int i, int element_bytes, const int64_t (&sizes)[4], const int64_t (&byte_strides)[3]) {
+  const int64_t bytes = sizes[i] * (i == 0 ? element_bytes : byte_strides[i - 1]);
+  const int64_t rounded = (bytes + kStrideUnit - 1) / kStrideUnit * kStrideUnit;
+  return std::clamp(rounded, kStrideUnit, kStrideLimit - kStrideUnit);
+}
+
 // The rules of cuTensorMapEncodeTiled, and one of ours: a swizzled box is as wide as its swizzle.
 inline bool valid(int element_bytes, const void* data, const int64_t (&sizes)[4], const int64_t (&byte_strides)[3],
                   const int32_t (&box)[4], Swizzle swizzle) {
@@ -36,7 +47,8 @@ inline bool valid(int element_bytes, const void* data, const int64_t (&sizes)[4]
   for (int i = 0; i < 4; ++i)
     if (sizes[i] < 1 || sizes[i] > int64_t{1} << 32 || box[i] < 1 || box[i] > 256) return false;
   for (int i = 0; i < 3; ++i)
-    if (byte_strides[i] < 16 || byte_strides[i] >= int64_t{1} << 40 || byte_strides[i] % 16 != 0) return false;
+    if (byte_strides[i] < kStrideUnit || byte_strides[i] >= kStrideLimit || byte_strides[i] % kStrideUnit != 0)
+      return false;
   const int inner = box[0] * element_bytes;
   return swizzle == Swizzle::none ? inner % 16 == 0 : inner == row_bytes(swizzle);
 }
@@ -58,6 +70,14 @@ inline Encode find_encode() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
+// cuTensorMapEncodeTiled wants a context, which a thread has only once the runtime has bound it: cudaSetDevice does so,
+// also while a graph is captured.
+inline cudaError_t bind_context() {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaSetDevice(device) : error;
+}
+
 #endif
 
 }  // namespace tensor_map
@@ -65,18 +85,21 @@ inline Encode find_encode() {
 // Describes a tensor of elements of 1, 2 or 4 bytes. Returns a cudaError_t: cudaErrorInvalidValue where the driver
 // would reject it (`data` and strides are multiples of 16 bytes, strides positive and below 2^40, sizes at least 1, a
 // box's edge at most 256, its first a multiple of 16 bytes) or a swizzled box is not as wide as its swizzle, and
-// cudaErrorCallRequiresNewerDriver where the driver knows no tensor maps. The stride of a dimension of size 1 does not
-// matter.
+// cudaErrorCallRequiresNewerDriver where the driver knows no tensor maps. What else the driver finds is returned as it
+// is: the numbers of CUresult are those of cudaError_t. The stride of a dimension of size 1 does not matter.
 inline int32_t encode_tensor_map(TensorMap& map, int element_bytes, const void* data, const int64_t (&sizes)[4],
                                  const int64_t (&byte_strides)[3], const int32_t (&box)[4], Swizzle swizzle) {
   int64_t strides[3];
-  for (int i = 0; i < 3; ++i) strides[i] = sizes[i + 1] == 1 ? 16 : byte_strides[i];
+  for (int i = 0; i < 3; ++i)
+    strides[i] = sizes[i + 1] == 1 ? tensor_map::stride_past(i, element_bytes, sizes, strides) : byte_strides[i];
   if (!tensor_map::valid(element_bytes, data, sizes, strides, box, swizzle)) return tensor_map::kInvalidValue;
 #ifdef __CUDACC__
   static_assert(tensor_map::kInvalidValue == cudaErrorInvalidValue);
   static_assert(tensor_map::kNeedsNewerDriver == cudaErrorCallRequiresNewerDriver);
   static const tensor_map::Encode encode = tensor_map::find_encode();
   if (encode == nullptr) return tensor_map::kNeedsNewerDriver;
+  const cudaError_t error = tensor_map::bind_context();
+  if (error != cudaSuccess) return static_cast<int32_t>(error);
   constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_UINT16,
                                             CU_TENSOR_MAP_DATA_TYPE_UINT32};
   constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
@@ -93,7 +116,7 @@ inline int32_t encode_tensor_map(TensorMap& map, int element_bytes, const void* 
       encode(&map, kTypes[element_bytes / 2], 4, const_cast<void*>(data), driver_sizes, driver_strides, driver_box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<int>(swizzle)],
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? 0 : tensor_map::kInvalidValue;
+  return static_cast<int32_t>(result);
 #else
   map = {static_cast<unsigned char*>(const_cast<void*>(data)), element_bytes, {}, {}, {}, row_bytes(swizzle)};
   for (int i = 0; i < 4; ++i) map.sizes[i] = sizes[i], map.box[i] = box[i];
@@ -103,11 +126,6 @@ inline int32_t encode_tensor_map(TensorMap& map, int element_bytes, const void* 
 }
 
 #ifdef __CUDACC__
-
-// The copies with this map start sooner.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-  SELFFORCING_HOPPER_ASM("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // The box whose first element is (c0, c1, c2, c3), to `target` (aligned to 128 bytes). All bytes of the box, also those
 // outside of the tensor, count for the barrier.
@@ -138,7 +156,6 @@ __device__ __forceinline__ void wait_for_stores_read() {
 
 #else
 
-inline void prefetch_tensor_map(const TensorMap&) {}
 inline void load_tile(SharedAddress target, const TensorMap& map, SharedAddress barrier, int c0, int c1, int c2, int c3,
                       EmulationSite where = EmulationSite::current()) {
   emulation::load_tile(target, map, barrier, {c0, c1, c2, c3}, where);

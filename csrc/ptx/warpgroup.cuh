@@ -68,6 +68,15 @@ __device__ __forceinline__ void hold_registers(float (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// The same of a left factor: its registers are written here, not behind a later warpgroup_arrive.
+template <int kDepths>
+__device__ __forceinline__ void hold_factor(unsigned (&factor)[kDepths][4]) {
+#pragma unroll
+  for (int depth = 0; depth < kDepths; ++depth)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(factor[depth][i])::"memory");
+}
+
 // wgmma.fence: registers that this thread has touched, among them `sums`, are ready for products.
 template <int... kSizes>
 __device__ __forceinline__ void warpgroup_arrive(float (&... sums)[kSizes]) {
@@ -199,6 +208,8 @@ inline MatrixDescriptor matrix_descriptor(SharedAddress start, int leading_bytes
   return encode_matrix_descriptor(emulation::matrix_start(start, leading_bytes, stride_bytes, where), leading_bytes,
                                   stride_bytes, swizzle);
 }
+template <int kDepths>
+void hold_factor(unsigned (&)[kDepths][4]) {}
 template <int... kSizes>
 void warpgroup_arrive([[maybe_unused]] float (&... sums)[kSizes]) {
   emulation::warpgroup_arrive();

@@ -91,7 +91,6 @@ __global__ void load_tile_kernel(const __grid_constant__ ptx::TensorMap map, Cor
   SELFFORCING_DYNAMIC_SHARED(shared);
   const SharedAddress barrier = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(map);
     ptx::barrier_init(barrier, 1);
     ptx::fence_barrier_init();
   }
