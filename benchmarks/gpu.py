@@ -1,6 +1,6 @@
 """The CUDA ops beside what else there is, every row with its target: a few minutes on one GPU.
 
-    python benchmarks/gpu.py [--json FILE] [--path mma|hopper ...] [--only TEXT] [--seconds S]
+    python benchmarks/gpu.py [--json FILE] [--path mma|hopper ...] [--attention] [--only TEXT] [--seconds S]
     python benchmarks/gpu.py --once       each of our attention kernels once, for a profiler
     python benchmarks/gpu.py --rehearse   all of it on small shapes on the CPU: proves this file, times nothing
 
@@ -617,6 +617,10 @@ def all_cases(scale: Scale) -> Iterator[Callable[[], Case]]:
     yield from masked(scale)
 
 
+def attention_cases(scale: Scale) -> Iterator[Callable[[], Case]]:
+    return itertools.chain(unmasked(scale), masked(scale))
+
+
 def available_paths(device: str) -> tuple[str, ...]:
     has_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     return PATHS if has_hopper else PATHS[:1]
@@ -636,7 +640,7 @@ def named(makers: Iterator[Callable[[], Case]], text: str) -> Iterator[Case]:
 
 def run_once(scale: Scale, text: str, paths: Sequence[str]) -> None:
     """Every attention kernel of ours once, on every path."""
-    for case in named(itertools.chain(unmasked(scale), masked(scale)), text):
+    for case in named(attention_cases(scale), text):
         for path in paths:
             with on_path(path):
                 case.prepare()()
@@ -656,6 +660,7 @@ def main() -> None:
         "--path", nargs="+", choices=PATHS, help="of our attention kernels; those of this GPU if not given"
     )
     parser.add_argument("--only", default="", help="cases whose name has this text")
+    parser.add_argument("--attention", action="store_true", help="cases of attention alone, which have paths")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case, at most about")
     parser.add_argument("--once", action="store_true", help="run each of our attention kernels once and time nothing")
     parser.add_argument("--rehearse", action="store_true", help="small shapes on the CPU")
@@ -670,7 +675,8 @@ def main() -> None:
         run_once(scale, arguments.only, paths)
         return
     clock, ceilings, rows = Clock(scale.device, arguments.seconds), measured_ceilings(scale), []
-    for case in named(all_cases(scale), arguments.only):
+    makers = attention_cases(scale) if arguments.attention else all_cases(scale)
+    for case in named(makers, arguments.only):
         rows += rows_of(case, clock, ceilings, paths)
         if arguments.json:
             write_whole(arguments.json, json.dumps([row.to_json() for row in rows], indent=1) + "\n")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_a_dry_run_prints_every_part_and_leaves_nothing(tmp_path: Path):
     result = run("--dry-run", tmp_path, TORCH_CUDA_ARCH_LIST="9.0a")
     assert result.returncode == 0, result.stderr
     titles = [line.split("  ", 1)[1] for line in result.stdout.splitlines() if line.startswith("===")]
-    for name in ("instructions", "build", "self-test", "GPU tests", "benchmarks", "synccheck, Hopper's path", "ncu"):
+    for name in ("instructions", "build", "self-test", "GPU tests", "benchmarks", "benchmarks, Hopper's path", "ncu"):
         assert name in titles
     assert not list(tmp_path.iterdir())
     older = run("--dry-run", tmp_path, TORCH_CUDA_ARCH_LIST="8.0")
@@ -191,7 +192,7 @@ class StandIn:
             "printf '#!/bin/sh\necho 12 passed, 0 failed\n' >$program; chmod +x $program",
         )
         program(folder / "cuda/bin/compute-sanitizer", "echo ERROR SUMMARY: 0 errors")
-        program(folder / "cuda/bin/ncu", f'{after}; wanted=--log-file; cp {folder}/kernels.csv $(after "$@")')
+        program(folder / "cuda/bin/ncu", f'{after}; wanted=--log-file; cp {folder}/kernels.csv $(after "$@"); echo "$*"')
         program(
             folder / "python",
             f"""{after}
@@ -222,16 +223,43 @@ def test_the_flow_where_all_is_well(tmp_path: Path):
     assert status == 0
     assert {part["outcome"] for part in report["parts"]} == {"passed"}
     names = [part["name"] for part in report["parts"]]
-    checks = [f"{tool}{path}" for tool in ("memcheck", "racecheck", "synccheck") for path in ("", ", Hopper's path")]
     assert names == [
-        *("instructions", "build", "registration", "self-test", "GPU tests", "GPU tests, Hopper's path", "benchmarks"),
-        *checks,
-        "ncu",
+        *("instructions", "build", "registration", "self-test", "GPU tests", "GPU tests, Hopper's path"),
+        *("benchmarks", "benchmarks, Hopper's path", "ncu"),
+        *("memcheck", "memcheck, Hopper's path"),
+        *("racecheck", "racecheck, Hopper's path, for information"),
+        *("synccheck", "synccheck, Hopper's path, for information"),
     ]
     assert report["parts"][0]["last_line"] == "12 passed, 0 failed"
-    assert [row["case"] for row in report["benchmarks"]] == [FORWARD.case]
+    assert [row["case"] for row in report["benchmarks"]] == 2 * [FORWARD.case]
     assert [kernel["kernel"] for kernel in report["kernels"]] == ["mma_forward_kernel", "hopper_forward_kernel"]
     assert (report["device"], report["architecture"]) == ("stand-in", "9.0a")
+    with tarfile.open(tmp_path / "results" / "stand-in-abc1234-logs.tar.gz") as logs:
+        assert {"./build.log", "./ncu.log", "./benchmarks-hopper.json"} <= set(logs.getnames())
+
+
+def test_parts_that_are_run_again_add_to_the_report(tmp_path: Path):
+    machine = StandIn(tmp_path)
+    machine.run(PARTS="instructions build tests")
+    status, report = machine.run(PARTS="ncu sanitizers")
+    assert status == 0
+    names = [part["name"] for part in report["parts"]]
+    assert names[:3] == ["instructions", "build", "registration"]
+    assert {"GPU tests", "ncu", "memcheck, Hopper's path"} <= set(names)
+    assert "benchmarks" not in names
+    unknown = run("--dry-run", tmp_path, PARTS="sanitize")
+    assert unknown.returncode == 1
+    assert "PARTS has sanitize, but accepted are: instructions build tests" in unknown.stderr
+
+
+def test_what_a_bare_machine_lacks_is_said_at_once(tmp_path: Path):
+    StandIn(tmp_path)
+    program(tmp_path / "bare", f'exec {sys.executable} -S "$@"')  # without packages
+    result = run("", tmp_path, PYTHON=str(tmp_path / "bare"), CUDA_HOME=str(tmp_path / "cuda"), PYTHONPATH="")
+    assert result.returncode == 1
+    assert "nvtx" in result.stderr
+    assert "pip download" in result.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_folder_with_packages_stays_on_the_path(tmp_path: Path):
@@ -240,14 +268,17 @@ def test_a_folder_with_packages_stays_on_the_path(tmp_path: Path):
 
 
 def test_a_path_that_fails_its_tests_is_timed_on_its_own(tmp_path: Path):
-    """It may hang or end the process: the rows of the other path are safe by then."""
+    """It may hang or end the process: the rows of the other path are safe by then, and slow tools leave it out."""
     status, report = StandIn(tmp_path, hopper_tests=1).run()
     assert status == 1
     failed = [part["name"] for part in report["parts"] if part["outcome"] == "FAILED"]
     assert failed == ["GPU tests, Hopper's path"]
-    asked = {part["name"]: part["last_line"] for part in report["parts"] if part["name"].startswith("benchmarks")}
-    assert "--path mma" in asked["benchmarks"]
-    assert "--path hopper" in asked["benchmarks, Hopper's path"]
+    last_lines = {part["name"]: part["last_line"] for part in report["parts"]}
+    assert "--path mma" in last_lines["benchmarks"]
+    assert "--path hopper" in last_lines["benchmarks, Hopper's path"]
+    assert last_lines["ncu"].endswith("--once --path mma")
+    assert "memcheck" in last_lines
+    assert "memcheck, Hopper's path" not in last_lines
     assert len(report["benchmarks"]) == 2
 
 
