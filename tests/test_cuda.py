@@ -5,12 +5,17 @@ The tests of rope, denoise and modulate run on a GPU by themselves; ``pytest -m 
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import (
     ATTENTION_CASES,
     DTYPES,
     LARGE_ATTENTION_CASES,
+    MASKS,
     PAGED_CASES,
     ROLLOUT_CASES,
     AttentionCase,
@@ -37,6 +42,15 @@ DEVICE = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+#: Whether calls that fit go to the kernels for Hopper.
+ON_HOPPER = os.environ.get("SELFFORCING_HOPPER") == "1" and torch.cuda.get_device_capability() == (9, 0)
+
+#: More tiles than the thread blocks of a GPU do in three rounds.
+MANY_TILES = [
+    AttentionCase(BlockCausalMask(12, 260, 3), heads=30, kv_heads=30, head_dim=64),
+    AttentionCase(BlockCausalMask(12, 260, 3), heads=30, kv_heads=15, head_dim=128),
 ]
 
 #: lse is float32 whatever the inputs are.
@@ -93,6 +107,12 @@ def test_any_shape_and_layout(case: AttentionCase, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE_ATTENTION_CASES, ids=str)
 def test_as_accurate_as_torch(case: AttentionCase, dtype: torch.dtype):
+    check_accuracy(case, dtype, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_rounds_of_tiles(case: AttentionCase, dtype: torch.dtype):
     check_accuracy(case, dtype, 0)
 
 
@@ -177,7 +197,9 @@ def test_same_inputs_same_bits(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ROLLOUT_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*ROLLOUT_CASES, RolloutCase((2,) * 9, window_frames=4, page_size=16, batch=2, head_dim=64)], ids=str
+)
 def test_rollout_matches_the_reference(case: RolloutCase, dtype: torch.dtype):
     """Attend, write and commit over wrapped rings and recycled pages."""
     arguments = case.cache_arguments()
@@ -209,13 +231,15 @@ CACHE_OPTIONS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size"), [(32, 4), (64, 4), (96, 4), (128, 4), (256, 4), (64, 16), (96, 16), (128, 16)]
+)
 @pytest.mark.parametrize("options", CACHE_OPTIONS.values(), ids=CACHE_OPTIONS)
-def test_every_way_to_read_the_past(options: dict[str, object], head_dim: int, dtype: torch.dtype):
+def test_every_way_to_read_the_past(options: dict[str, object], head_dim: int, page_size: int, dtype: torch.dtype):
     """Outputs of a rollout over a wrapped ring, and the gradients that flow through the cache to every block."""
     generator = torch.Generator().manual_seed(0)
     arguments = {"num_layers": 1, "num_heads": 2, "head_dim": head_dim, "frame_seqlen": 6, "batch_size": 2}
-    arguments |= {"window_frames": 5, "sink_frames": 1, "page_size": 4, "grad_through_cache": True, **options}
+    arguments |= {"window_frames": 5, "sink_frames": 1, "page_size": page_size, "grad_through_cache": True, **options}
     if "quantization" in options:
         arguments["key_offset"] = torch.randn(1, 2, head_dim, generator=generator)
     ours = PagedKVCache(**arguments, dtype=dtype, device=DEVICE)
@@ -262,10 +286,11 @@ def test_quantised_bits(format: str, dtype: torch.dtype):
         assert torch.equal(cpu.view(torch.uint8), cuda.view(torch.uint8)), index
 
 
-def test_a_captured_graph_replays_with_new_positions():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_graph_replays_with_new_positions(dtype: torch.dtype):
     """What changes from block to block reaches the kernels through device memory alone."""
     case = PAGED_CASES[0]
-    block, past = case.inputs()
+    block, past = case.inputs(dtype)
     q, k, v = (on_device(tensor) for tensor in block)
     past = Past(*(on_device(tensor) for tensor in past[:4]))
     recorded = past.spans.clone()
@@ -310,9 +335,10 @@ def test_a_whole_block_is_one_graph(options: dict[str, object], dtype: torch.dty
     assert caches[1].num_frames == caches[0].num_frames
 
 
-def test_ops_run_on_the_current_stream():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ops_run_on_the_current_stream(dtype: torch.dtype):
     case = AttentionCase(BlockCausalMask(4, 64, 2), batch=2)
-    q, k, v = (on_device(tensor) for tensor in case.inputs())
+    q, k, v = (on_device(tensor) for tensor in case.inputs(dtype))
     expected = block_causal_attention(q, k, v, case.mask)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -323,3 +349,37 @@ def test_ops_run_on_the_current_stream():
         out = block_causal_attention(late, k, v, case.mask)
     side.synchronize()
     assert_same_bits(out, expected)
+
+
+def test_the_first_call_of_a_thread():
+    """No call has bound a CUDA context to it, and memory comes from torch's cache: the kernels' host code must."""
+    q, k, v = (on_device(tensor) for tensor in MANY_TILES[0].inputs(torch.bfloat16))
+    expected = block_causal_attention(q, k, v)
+    block_causal_attention(q, k, v)  # leaves memory for the thread
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(block_causal_attention(q, k, v)))
+    thread.start()
+    thread.join()
+    assert_same_bits(found[0], expected)
+
+
+def kernels_of(call: Callable[[], object]) -> str:
+    """The names of the kernels that ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in profiler.key_averages())
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs SELFFORCING_HOPPER=1 and a Hopper GPU")
+def test_calls_that_fit_go_to_the_kernels_for_hopper():
+    """The choice is silent: without this, all tests could pass on the other kernels."""
+    q, k, v = gpu_leaves(AttentionCase(MASKS[0]).inputs(torch.bfloat16))
+    ran = kernels_of(lambda: block_causal_attention(q, k, v, MASKS[0]).sum().backward())
+    for kernel in ("hopper_forward_kernel", "hopper_grad_q_kernel", "hopper_grad_kv_kernel"):
+        assert kernel in ran
+    cache = PagedKVCache(1, 2, 64, 16, max_frames=4, page_size=16, dtype=torch.bfloat16, device=DEVICE)
+    block = [torch.randn(1, 16, 2, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+    cache.write(0, *block[1:])
+    cache.commit(1)
+    assert "hopper_forward_kernel" in kernels_of(lambda: cache.attend(0, *block))

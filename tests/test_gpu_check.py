@@ -192,7 +192,9 @@ class StandIn:
             "printf '#!/bin/sh\necho 12 passed, 0 failed\n' >$program; chmod +x $program",
         )
         program(folder / "cuda/bin/compute-sanitizer", "echo ERROR SUMMARY: 0 errors")
-        program(folder / "cuda/bin/ncu", f'{after}; wanted=--log-file; cp {folder}/kernels.csv $(after "$@"); echo "$*"')
+        program(
+            folder / "cuda/bin/ncu", f'{after}; wanted=--log-file; cp {folder}/kernels.csv $(after "$@"); echo "$*"'
+        )
         program(
             folder / "python",
             f"""{after}
