@@ -3,7 +3,8 @@
 Sources and flags are those of the build, which CMake is asked for (CMakeLists.txt).
 
 Fails on a compiler error or warning, and when a kernel spills registers or uses local memory: that would be device
-memory in the inner loop. Also where the compiler makes Hopper's asynchronous products wait for each other.
+memory in the inner loop. Also where the compiler makes Hopper's asynchronous products wait for each other, or does not
+let warpgroups exchange registers.
 
 python scripts/check_cuda_kernels.py [ARCHITECTURE ...]   (default: 80 90a 100a 120a)
 """
@@ -27,8 +28,17 @@ REPORT = ["-Xptxas=-v", "-Werror=all-warnings"]
 # The test of the instructions that a GPU runs first, and how scripts/gpu_check.sh compiles it.
 INSTRUCTIONS_TEST = ROOT / "tests/cuda_emulation/test_ptx.cpp"
 INSTRUCTIONS_TEST_FLAGS = ["-x", "cu", "-std=c++20"]
-# ptxas says these as information: a kernel with asynchronous products that became synchronous.
-STALLED_PRODUCTS = re.compile(r"wgmma\.mma_async instructions are serialized|warpgroup\.\w+ is injected")
+# ptxas says these as information: a kernel with asynchronous products that became synchronous, or whose warpgroups keep
+# the registers that they start with.
+LOST_ON_HOPPER = {
+    re.compile(
+        r"wgmma\.mma_async instructions are serialized|warpgroup\.\w+ is injected"
+    ): "the compiler lets products of warpgroups wait for each other",
+    re.compile(r"'setmaxnreg' ignored"): "the compiler lets warpgroups exchange no registers",
+}
+# Kernels whose warpgroups exchange registers start with as many for each thread as all of three or four could have.
+EXCHANGES_REGISTERS = re.compile(r"hopper_(forward|grad_q|grad_kv)_kernel")
+REGISTERS_AT_START = {65536 // (128 * warpgroups) // 8 * 8 for warpgroups in (3, 4)}
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
@@ -54,8 +64,12 @@ class Kernel:
     spilled_bytes: int
 
     @property
-    def fails(self) -> bool:
-        return self.local_bytes + self.spilled_bytes > 0
+    def fault(self) -> str:
+        if self.local_bytes + self.spilled_bytes > 0:
+            return "uses local memory"
+        if EXCHANGES_REGISTERS.match(self.name) and self.registers not in REGISTERS_AT_START:
+            return f"starts with {self.registers} registers, but must with one of {sorted(REGISTERS_AT_START)}"
+        return ""
 
 
 def find_nvcc() -> str:
@@ -110,8 +124,9 @@ def compile_source(nvcc: str, job: Job) -> list[Kernel]:
     output = result.stdout + result.stderr
     if result.returncode:
         raise SystemExit(f"{output}\n{shlex.join(command)} failed")
-    if STALLED_PRODUCTS.search(output):
-        raise SystemExit(f"{output}\n{job.source.name}: the compiler lets products of warpgroups wait for each other")
+    for pattern, meaning in LOST_ON_HOPPER.items():
+        if pattern.search(output):
+            raise SystemExit(f"{output}\n{job.source.name}: {meaning}")
     entries = list(ENTRY.finditer(output))
     if output.count("Compiling entry function") != len(entries):
         raise SystemExit(f"{output}\nnot every kernel's report was understood")
@@ -145,11 +160,11 @@ def main(architectures: list[str]) -> None:
             f"{kernel.name[:66]:66} {kernel.architecture:>4} {kernel.registers:9} {kernel.shared_bytes:11} "
             f"{kernel.local_bytes:6} {kernel.spilled_bytes:7}"
         )
-    failed = [kernel for kernel in kernels if kernel.fails]
+    failed = [kernel for kernel in kernels if kernel.fault]
     for kernel in failed:
-        print(f"FAILED  {kernel.name} for sm_{kernel.architecture} uses local memory", file=sys.stderr)
+        print(f"FAILED  {kernel.name} for sm_{kernel.architecture} {kernel.fault}", file=sys.stderr)
     sources = {kernel.source for kernel in kernels}
-    print(f"{len(kernels)} kernels from {len(sources)} files, {len(failed)} with local memory")
+    print(f"{len(kernels)} kernels from {len(sources)} files, {len(failed)} with a fault")
     if failed or sources <= {str(INSTRUCTIONS_TEST.relative_to(ROOT))}:
         raise SystemExit(1)
 
