@@ -108,14 +108,17 @@ void fill_params(AttentionParams& p, const Tensor& q, const Tensor& k, const Ten
 #endif
 }
 
-// A workspace aligned to 64 bytes; the tensor keeps it alive. How many bytes the kernels want depends on the device.
+// A workspace aligned to 64 bytes, if the kernels want one; the tensor keeps it alive. How many bytes depends on the
+// device.
 template <typename Params>
-Tensor workspace(Params& p, int64_t (*bytes)(const Params&), const Tensor& like) {
+std::optional<Tensor> workspace(Params& p, int64_t (*bytes)(const Params&), const Tensor& like) {
   constexpr int64_t kAlignment = 64;
 #ifdef SELFFORCING_WITH_CUDA
   const CudaStreamGuard guard(like);
 #endif
-  Tensor memory = empty_bytes(bytes(p) + kAlignment, like);
+  const int64_t wanted = bytes(p);
+  if (wanted == 0) return std::nullopt;
+  Tensor memory = empty_bytes(wanted + kAlignment, like);
   const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
   p.workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   return memory;
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   if (q.numel() == 0) return {out, lse};
   p.out = mutable_heads(out);
   p.lse = lse.mutable_data_ptr<float>();
-  const Tensor memory = workspace(p, SELFFORCING_KERNEL(attention_forward_workspace_bytes), q);
+  const std::optional<Tensor> memory = workspace(p, SELFFORCING_KERNEL(attention_forward_workspace_bytes), q);
   run_kernel("attention", SELFFORCING_KERNEL(attention_forward), p, q);
   return {out, lse};
 }
@@ -205,7 +208,7 @@ Gradients differentiate(const Tensor& given_grad_out, const std::optional<Tensor
     for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*grad);
     if (q.numel() == 0 || p.past.k_pages == nullptr) return {grad_q, grad_k, grad_v};
   }
-  const Tensor memory = workspace(p, SELFFORCING_KERNEL(attention_backward_workspace_bytes), q);
+  const std::optional<Tensor> memory = workspace(p, SELFFORCING_KERNEL(attention_backward_workspace_bytes), q);
   run_kernel("attention_backward", SELFFORCING_KERNEL(attention_backward), p, q);
   return {grad_q, grad_k, grad_v};
 }
