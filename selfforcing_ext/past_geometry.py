@@ -44,14 +44,14 @@ class PastGeometry:
         """
         if any(stream.frames.selected is not None for stream in self._streams):
             frames, sees_sink = self._selected(starts, lengths)
+            positions = self._positions(frames)
         else:
             frames = visible_past_of_many(np.array(starts), lengths, self._moving, self._sinks)[:, :, None]
             sees_sink = np.zeros(frames.shape[:-1], dtype=bool)
             sees_sink[..., 0] = True
-        lists, spans = frames.shape[2:4]
-        tokens = (frames * self._frame_seqlen).reshape(*frames.shape[:2], lists * spans, 2)
+            positions = self._positions_of_ends(frames)
         records = np.empty((*frames.shape[:-1], 4), dtype=np.int32)
-        records[..., :2] = self._table.positions(self._numbers, tokens).reshape(frames.shape)
+        records[..., :2] = positions
         # The newest visible frame of every head stands right before the block.
         counts = frames[..., 1] - frames[..., 0]
         visible = counts.sum(-1)  # [K, B, G]
@@ -87,6 +87,19 @@ class PastGeometry:
                     spans = lists[g if len(lists) > 1 else 0]
                     frames[i, j, g, : len(spans)] = np.array(spans).reshape(-1, 2)
         return frames, frames[..., 1] <= self._sinks[None, :, None, None]
+
+    def _positions(self, frames: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Where frames [K, B, G, S, 2] stand."""
+        tokens = (frames * self._frame_seqlen).reshape(*frames.shape[:2], -1, 2)
+        return self._table.positions(self._numbers, tokens).reshape(frames.shape)
+
+    def _positions_of_ends(self, frames: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The same for K ranges that end alike: the table finds the longest, and the others are its last part."""
+        starts, ends = frames[..., 0].min(axis=0, keepdims=True), frames[:1, ..., 1]
+        longest = self._positions(np.stack((starts, ends), axis=-1))
+        end, held = longest[..., 1], longest[..., 1] - longest[..., 0]
+        wanted = (frames[..., 1] - frames[..., 0]) * self._frame_seqlen
+        return np.stack((end - np.minimum(wanted, held), np.broadcast_to(end, wanted.shape)), axis=-1).astype(np.int32)
 
     def write_starts(self, starts: Sequence[int]) -> NDArray[np.int32]:
         """Positions [B] of the first tokens of a block that starts at these frames."""

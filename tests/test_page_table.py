@@ -150,6 +150,39 @@ def test_too_few_pages_change_nothing():
     assert table.advance([(stream, [(4, 8)], (8, 20), False) for stream in streams]) == (0, [])
 
 
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2),  # which stream
+            st.lists(
+                st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=2
+            ),  # starts and lengths of what is kept
+            st.tuples(st.integers(0, 20), st.integers(1, 9)),  # start and length of what is written
+            st.booleans(),  # whether a call that asks for too much comes before
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_what_was_refused_leaves_no_trace(steps):
+    """Later calls get the same pages as without it, in the same order, also of pages that streams share."""
+    tables = []
+    for asks_for_too_much in (False, True):
+        table = PageTable(3)
+        table.add_pages(9)
+        first = table.open()
+        append(table, first, [], 0, 10)
+        streams = [first, table.fork(first), table.open()]
+        for which, kept, written, too_much in steps:
+            ranges = [(start, start + length) for start, length in sorted(kept)]
+            step = streams[which], ranges, (written[0], sum(written)), False
+            if too_much and asks_for_too_much:
+                assert table.advance([(stream, [(4, 7)], (5, 40), True) for stream in streams])[0] > 0
+            table.advance([step])
+        tables.append(([table.row(stream) for stream in streams], vars_of(table)))
+    assert tables[0] == tables[1]
+
+
 def vars_of(table: PageTable) -> tuple[int, ...]:
     stats = table.stats()
     return stats.used, stats.shared, stats.pinned, table.num_free_pages, table.num_pages

@@ -46,9 +46,27 @@ const PageTable::Row& PageTable::at(int64_t stream) const {
   return found->second;
 }
 
-PageTable::Row::const_iterator PageTable::find(const Row& row, int64_t logical) {
-  return std::lower_bound(row.begin(), row.end(), logical,
-                          [](const Entry& entry, int64_t wanted) { return entry.logical < wanted; });
+const PageTable::Run* PageTable::find(const Row& row, int64_t logical) {
+  const auto after = std::upper_bound(row.runs.begin(), row.runs.end(), logical,
+                                      [](int64_t wanted, const Run& run) { return wanted < run.logical; });
+  if (after == row.runs.begin() || logical >= std::prev(after)->logical_end()) return nullptr;
+  return &*std::prev(after);
+}
+
+void PageTable::insert(Row& row, int64_t logical, int32_t page) {
+  auto run =
+      std::find_if(row.runs.rbegin(), row.runs.rend(), [&](const Run& run) { return run.logical < logical; }).base();
+  const bool goes_on = run != row.runs.begin() && std::prev(run)->logical_end() == logical;
+  const int64_t index = run == row.runs.begin() ? 0 : std::prev(run)->index + std::prev(run)->count;
+  run = goes_on ? std::prev(run) : row.runs.insert(run, {logical, index, 0});
+  ++run->count;
+  row.pages.insert(row.pages.begin() + index, page);
+  const auto next = std::next(run);
+  for (auto later = next; later != row.runs.end(); ++later) ++later->index;
+  if (next != row.runs.end() && next->logical == run->logical_end()) {
+    run->count += next->count;
+    row.runs.erase(next);
+  }
 }
 
 void PageTable::add_pages(int64_t count) {
@@ -68,7 +86,7 @@ int64_t PageTable::open() {
 
 int64_t PageTable::fork(int64_t stream) {
   const Row row = at(stream);
-  for (const Entry& entry : row) ++pages_[entry.page].streams;
+  for (const int32_t page : row.pages) ++pages_[page].streams;
   streams_[next_stream_] = row;
   return next_stream_++;
 }
@@ -79,95 +97,132 @@ void PageTable::close(int64_t stream) {
 }
 
 PageTable::Advanced PageTable::advance(const std::vector<Step>& steps) {
-  int64_t most = 0;  // pages that can be needed
-  for (const Step& step : steps) {
-    at(step.stream);
-    require_range(step.written);
-    most += (step.written.second - step.written.first + page_size_ - 1) / page_size_ + 1;
-  }
   // What is changed, to take it back.
-  const bool may_fail = most > num_free_pages();
-  std::vector<Page> pages;
-  std::vector<int32_t> free_pages;
   std::vector<Row> rows;
-  if (may_fail) {
-    pages = pages_, free_pages = free_pages_;
-    for (const Step& step : steps) rows.push_back(at(step.stream));
+  Changes changes;
+  for (const Step& step : steps) {
+    require_range(step.written);
+    rows.push_back(at(step.stream));
   }
   Advanced result;
-  for (const Step& step : steps) retain(step.stream, step.kept);
-  for (const Step& step : steps) prepare_write(step, result);
+  for (const Step& step : steps) keep(streams_.at(step.stream), step.kept, changes);
+  for (const Step& step : steps) prepare_write(step, result, changes);
   if (result.shortage > 0) {
-    pages_ = std::move(pages), free_pages_ = std::move(free_pages);
+    undo(changes);
     for (size_t i = steps.size(); i-- > 0;) streams_[steps[i].stream] = std::move(rows[i]);
     result.copies.clear();
   }
   return result;
 }
 
-void PageTable::prepare_write(const Step& step, Advanced& result) {
+void PageTable::prepare_write(const Step& step, Advanced& result, Changes& changes) {
   const Range tokens = step.written;
   if (tokens.first == tokens.second) return;
-  const auto take = [&] {
-    if (free_pages_.empty()) {
-      ++result.shortage;
-      return -1;
-    }
-    const int32_t page = free_pages_.back();
-    free_pages_.pop_back();
-    pages_[page].streams = 1;
+  Row& row = streams_.at(step.stream);
+  const auto taken = [&] {
+    const int32_t page = take(changes);
+    result.shortage += page < 0;
     return page;
   };
-  Row& row = streams_.at(step.stream);
-  const int64_t first = tokens.first / page_size_, last = (tokens.second - 1) / page_size_;
-  auto entry = row.begin() + (find(row, first) - row.cbegin());
-  for (int64_t logical = first; logical <= last; ++logical, ++entry) {
+  for (int64_t logical = tokens.first / page_size_; logical <= (tokens.second - 1) / page_size_; ++logical) {
+    const Run* run = find(row, logical);
+    if (run == nullptr) {
+      insert(row, logical, taken());
+      continue;
+    }
+    int32_t& page = row.pages[run->index + logical - run->logical];
     const int64_t start = logical * page_size_;
-    if (entry == row.end() || entry->logical != logical) {
-      entry = row.insert(entry, {logical, take()});
-    } else if (must_copy(pages_[entry->page], std::max<int64_t>(0, tokens.first - start))) {
-      const int32_t old = entry->page;
-      entry->page = take();
-      const bool whole = tokens.first <= start && start + page_size_ <= tokens.second;
-      if (step.again || !whole) result.copies.emplace_back(old, entry->page);
-      --pages_[old].streams;
-      free_if_unused(old);
+    if (page < 0 || !must_copy(pages_[page], std::max<int64_t>(0, tokens.first - start))) continue;
+    const int32_t old = page;
+    page = taken();
+    const bool whole = tokens.first <= start && start + page_size_ <= tokens.second;
+    if (step.again || !whole) result.copies.emplace_back(old, page);
+    give_back(old, changes);
+  }
+}
+
+int32_t PageTable::take(Changes& changes) {
+  if (free_pages_.empty()) return -1;
+  const int32_t page = free_pages_.back();
+  free_pages_.pop_back();
+  pages_[page].streams = 1;
+  changes.push_back({page, true});
+  return page;
+}
+
+void PageTable::give_back(int32_t page, Changes& changes) {
+  --pages_[page].streams;
+  free_if_unused(page);
+  changes.push_back({page, false});
+}
+
+void PageTable::undo(const Changes& changes) {
+  for (auto change = changes.rbegin(); change != changes.rend(); ++change) {
+    Page& page = pages_[change->page];
+    if (change->taken) {
+      page.streams = 0;
+      free_pages_.push_back(change->page);
+    } else {
+      if (page.streams == 0 && page.pins == 0) free_pages_.pop_back();
+      ++page.streams;
     }
   }
 }
 
-bool PageTable::holds_any(const Entry& entry, const Ranges& tokens) const {
-  const int64_t start = entry.logical * page_size_, end = start + page_size_;
-  return std::any_of(tokens.begin(), tokens.end(),
-                     [&](Range range) { return std::max(range.first, start) < std::min(range.second, end); });
+PageTable::Ranges PageTable::pages_of(const Ranges& tokens) const {
+  Ranges pages;
+  for (const auto& [start, end] : tokens) {
+    if (start >= end) continue;
+    const int64_t first = start / page_size_, last = (end - 1) / page_size_;
+    if (!pages.empty() && first <= pages.back().second)
+      pages.back().second = last + 1;
+    else
+      pages.emplace_back(first, last + 1);
+  }
+  return pages;
 }
 
 void PageTable::retain(int64_t stream, const Ranges& tokens) {
   at(stream);
-  Row& row = streams_.at(stream);
-  // Last page first, so that the next tokens get the same pages in the same order.
-  for (auto entry = row.rbegin(); entry != row.rend(); ++entry)
-    if (!holds_any(*entry, tokens)) {
-      --pages_[entry->page].streams;
-      free_if_unused(entry->page);
-    }
-  row.erase(std::remove_if(row.begin(), row.end(), [&](const Entry& entry) { return !holds_any(entry, tokens); }),
-            row.end());
+  Changes changes;
+  keep(streams_.at(stream), tokens, changes);
 }
 
-std::vector<int32_t> PageTable::row(int64_t stream) const {
-  std::vector<int32_t> pages;
-  for (const Entry& entry : at(stream)) pages.push_back(entry.page);
-  return pages;
+void PageTable::keep(Row& row, const Ranges& tokens, Changes& changes) {
+  std::vector<Run> kept;  // with the places of now
+  const Ranges pages = pages_of(tokens);
+  for (const Run& run : row.runs)
+    for (const auto& [first, end] : pages) {
+      const int64_t start = std::max(first, run.logical), count = std::min(end, run.logical_end()) - start;
+      if (count > 0) kept.push_back({start, run.index + start - run.logical, count});
+    }
+  // Last page first, so that the next tokens get the same pages in the same order.
+  int64_t leave_end = static_cast<int64_t>(row.pages.size());
+  const auto give_back_from = [&](int64_t first) {
+    while (leave_end > first) give_back(row.pages[--leave_end], changes);
+  };
+  for (auto run = kept.rbegin(); run != kept.rend(); ++run) {
+    give_back_from(run->index + run->count);
+    leave_end = run->index;
+  }
+  give_back_from(0);
+  auto end = row.pages.begin();
+  for (Run& run : kept) {
+    const auto first = row.pages.begin() + run.index;
+    run.index = end - row.pages.begin();
+    end = first == end ? end + run.count : std::copy(first, first + run.count, end);
+  }
+  row.pages.erase(end, row.pages.end());
+  row.runs = std::move(kept);
 }
 
 void PageTable::copy_rows(const std::vector<int64_t>& streams, int32_t* table, int64_t stride) const {
   for (const int64_t stream : streams) {
-    const Row& row = at(stream);
-    require(static_cast<int64_t>(row.size()) <= stride, "the table has " + std::to_string(stride) +
-                                                            " entries a row, but stream " + std::to_string(stream) +
-                                                            " has " + std::to_string(row.size()) + " pages");
-    std::transform(row.begin(), row.end(), table, [](const Entry& entry) { return entry.page; });
+    const std::vector<int32_t>& pages = row(stream);
+    require(static_cast<int64_t>(pages.size()) <= stride, "the table has " + std::to_string(stride) +
+                                                              " entries a row, but stream " + std::to_string(stream) +
+                                                              " has " + std::to_string(pages.size()) + " pages");
+    std::copy(pages.begin(), pages.end(), table);
     table += stride;
   }
 }
@@ -176,15 +231,10 @@ PageTable::Range PageTable::position(int64_t stream, Range tokens) const {
   require_range(tokens);
   const Row& row = at(stream);
   if (tokens.first == tokens.second) return {0, 0};
-  const int64_t last = (tokens.second - 1) / page_size_, first = tokens.first / page_size_;
-  const auto found = find(row, last);
-  if (found == row.end() || found->logical != last) return {0, 0};
-  auto start = found;
-  while (start != row.begin() && start->logical > first && std::prev(start)->logical == start->logical - 1) --start;
-  const auto place = [&](Row::const_iterator entry, int64_t token) {
-    return (entry - row.begin()) * page_size_ + token - entry->logical * page_size_;
-  };
-  return {place(start, std::max(tokens.first, start->logical * page_size_)), place(found, tokens.second)};
+  const Run* run = find(row, (tokens.second - 1) / page_size_);
+  if (run == nullptr) return {0, 0};
+  const int64_t offset = (run->index - run->logical) * page_size_;
+  return {offset + std::max(tokens.first, run->logical * page_size_), offset + tokens.second};
 }
 
 int64_t PageTable::pin(const std::vector<int64_t>& streams, const std::vector<int64_t>& num_tokens) {
@@ -193,14 +243,16 @@ int64_t PageTable::pin(const std::vector<int64_t>& streams, const std::vector<in
                                                    " like streams");
   std::vector<int32_t> pinned;
   for (size_t i = 0; i < streams.size(); ++i)
-    for (const Entry& entry : at(streams[i])) {
-      const int64_t slots = std::min(page_size_, num_tokens[i] - entry.logical * page_size_);
-      if (slots <= 0) continue;
-      Page& page = pages_[entry.page];
-      ++page.pins;
-      page.pinned_slots = std::max(page.pinned_slots, static_cast<int32_t>(slots));
-      pinned.push_back(entry.page);
-    }
+    for (const Run& run : at(streams[i]).runs)
+      for (int64_t j = 0; j < run.count; ++j) {
+        const int64_t slots = std::min(page_size_, num_tokens[i] - (run.logical + j) * page_size_);
+        if (slots <= 0) break;
+        const int32_t number = row(streams[i])[run.index + j];
+        Page& page = pages_[number];
+        ++page.pins;
+        page.pinned_slots = std::max(page.pinned_slots, static_cast<int32_t>(slots));
+        pinned.push_back(number);
+      }
   readers_[next_reader_] = std::move(pinned);
   return next_reader_++;
 }

@@ -11,6 +11,10 @@ namespace selfforcing {
 // Token t of a stream belongs to its logical page t / page_size. A stream's row lists the pages of the logical pages
 // that it still holds, in order; a token's position is its place in that row: row index * page_size + t % page_size.
 //
+// A row is kept as runs of consecutive logical pages: with a window and a sink there are two, however long the window.
+// What happens once a block (advance, retain, position, copy_rows) looks at runs, at pages that leave and at pages that
+// are written; the rest of a row is moved as memory. Only pin and what is rare look at every page: fork, close, stats.
+//
 // Streams may share pages (fork). A page that a reader still needs is pinned; a page becomes free once no stream holds
 // it and no reader pins it. Before tokens are written, pages that others read there are replaced by copies.
 class PageTable {
@@ -66,12 +70,13 @@ class PageTable {
   void retain(int64_t stream, const Ranges& tokens);
 
   // A stream's row.
-  std::vector<int32_t> row(int64_t stream) const;
-  int64_t row_length(int64_t stream) const { return static_cast<int64_t>(at(stream).size()); }
+  const std::vector<int32_t>& row(int64_t stream) const { return at(stream).pages; }
+  int64_t row_length(int64_t stream) const { return static_cast<int64_t>(at(stream).pages.size()); }
   // Rows of several streams into a table with `stride` entries a row, which must not be shorter.
   void copy_rows(const std::vector<int64_t>& streams, int32_t* table, int64_t stride) const;
 
-  // Where tokens stand. Of tokens that are not all held, those that are held up to the end; none: an empty span.
+  // Where tokens stand, found among the runs. Of tokens that are not all held, those that are held up to the end; none:
+  // an empty span.
   Range position(int64_t stream, Range tokens) const;
 
   // A reader of the tokens [0, num_tokens) of a stream, as far as it holds them; returns the number to unpin.
@@ -83,21 +88,38 @@ class PageTable {
     int32_t streams = 0, pins = 0;
     int32_t pinned_slots = 0;  // the slots before this one may be read by those who pin the page
   };
-  struct Entry {
-    int64_t logical;
-    int32_t page;
+  // Consecutive logical pages, and the places of their pages in the row.
+  struct Run {
+    int64_t logical, index, count;
+    int64_t logical_end() const { return logical + count; }
   };
-  using Row = std::vector<Entry>;  // sorted by logical page
+  struct Row {
+    std::vector<int32_t> pages;
+    std::vector<Run> runs;  // sorted; between two of them logical pages are missing
+  };
+  // What was done to the counts and the free pages, in order.
+  struct Change {
+    int32_t page;
+    bool taken;  // else given back
+  };
+  using Changes = std::vector<Change>;
 
   const Row& at(int64_t stream) const;
-  static Row::const_iterator find(const Row& row, int64_t logical);
+  // The run that a logical page lies in; nullptr if it is not held.
+  static const Run* find(const Row& row, int64_t logical);
+  static void insert(Row& row, int64_t logical, int32_t page);
+  void keep(Row& row, const Ranges& tokens, Changes& changes);
   // Prepares one stream's write; a page that is missing is counted instead of taken.
-  void prepare_write(const Step& step, Advanced& result);
+  void prepare_write(const Step& step, Advanced& result, Changes& changes);
+  int32_t take(Changes& changes);  // -1: none is free
+  void give_back(int32_t page, Changes& changes);
+  void undo(const Changes& changes);
   // Whether a stream may not write the slots from `first_slot` on of a page that it holds.
   bool must_copy(const Page& page, int64_t first_slot) const {
     return page.streams > 1 || (page.pins > 0 && first_slot < page.pinned_slots);
   }
-  bool holds_any(const Entry& entry, const Ranges& tokens) const;
+  // Logical pages that hold any of these tokens.
+  Ranges pages_of(const Ranges& tokens) const;
   void free_if_unused(int32_t page);
 
   int64_t page_size_;
