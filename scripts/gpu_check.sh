@@ -169,7 +169,8 @@ hopper=false
 [ "${architecture%a}" != 9.0 ] || hopper=true
 hopper_works=$work/hopper-works
 if wanted tests; then
-  part "GPU tests" 110 "${pytest[@]}" "${workers[@]}" tests/test_{cuda,rope,denoise,modulate,kv_cache_write}.py || true
+  part "GPU tests" 110 "${pytest[@]}" "${workers[@]}" \
+    tests/test_{cuda,rope,denoise,modulate,kv_cache_write,kv_cache_stateful}.py || true
   rm -f "$hopper_works"
   if $hopper && gpu_part "GPU tests, Hopper's path" 80 env SELFFORCING_HOPPER=1 "${pytest[@]}" "${workers[@]}" \
     tests/test_cuda.py && [ -z "$mode" ]; then
@@ -210,7 +211,7 @@ fi
 # barriers is for the reader: they do not know of every order that copies and barriers make.
 sanitizer=$(tool compute-sanitizer)
 small="rows_without_keys or (past_in_pages and page7) or (any_shape_and_layout and 7x13by2 and (d8 or d72 or d256))"
-small_hopper="bfloat16 and ((past_in_pages and page64) or (any_shape_and_layout and (full65x129 or (7x13by2 and b2))))"
+small_hopper="bfloat16 and ((past_in_pages and page64) or (every_way and all and 64-16) or (any_shape_and_layout and (full65x129 or (7x13by2 and b2))))"
 sanitize() {
   local name=$1 path=$2 cases=$3 status=$4
   gpu_part "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 SELFFORCING_HOPPER="$path" "${sanitizer:-compute-sanitizer}" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, bfloat16, dtype, float16, float32
 
@@ -59,7 +60,7 @@ def number_per_entry(
     Raises TypeError for another dtype than ``integers``, ValueError for a number that does not fit into it, and for
     another shape or device than that of ``other``, which has a batch dimension.
     """
-    if isinstance(number, int | torch.SymInt):
+    if isinstance(number, int | np.integer | torch.SymInt):
         limits = torch.iinfo(integers)
         if not limits.min <= number <= limits.max:
             raise ValueError(f"{name} is {number}, but must be in [{limits.min}, {limits.max}]")

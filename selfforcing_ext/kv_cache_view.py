@@ -52,7 +52,7 @@ class KVCacheView:
             default=None,
         )
         self._gradient: PastGradient | None = None
-        if cache._gradient is not None:
+        if cache._gradient is not None and block == 0:
             rows = [cache.pool.table.row(number) for number in cache._numbers]
             self._gradient = PastGradient(cache._gradient, rows, cache._records(0, cache._lengths)[0], cache.page_size)
 
@@ -92,6 +92,11 @@ class KVCacheView:
     def _check_turn(self, layer: int, num_frames: int) -> None:
         """Raises ValueError unless this layer can read for a block of this length. Not for graphs, as of a cache: all
         this changes."""
+        if self.block and self._cache.grad_through_cache and torch.is_grad_enabled():
+            raise ValueError(
+                f"block is {self.block}, but must be 0 with grad_through_cache: gradients do not reach staged blocks; "
+                "read under torch.no_grad()"
+            )
         if layer not in self._readable_layers:
             raise ValueError(f"block is {self.block}, but layer {layer} had not written all blocks before it")
         if self._longest_block is not None and num_frames > self._longest_block:

@@ -372,13 +372,14 @@ def kernels_of(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs SELFFORCING_HOPPER=1 and a Hopper GPU")
-def test_calls_that_fit_go_to_the_kernels_for_hopper():
+@pytest.mark.parametrize("options", [{}, {"quantization": "int4"}, {"rope": "on_read", "rope_grid": (4, 4)}], ids=str)
+def test_calls_that_fit_go_to_the_kernels_for_hopper(options: dict[str, object]):
     """The choice is silent: without this, all tests could pass on the other kernels."""
     q, k, v = gpu_leaves(AttentionCase(MASKS[0]).inputs(torch.bfloat16))
     ran = kernels_of(lambda: block_causal_attention(q, k, v, MASKS[0]).sum().backward())
     for kernel in ("hopper_forward_kernel", "hopper_grad_q_kernel", "hopper_grad_kv_kernel"):
         assert kernel in ran
-    cache = PagedKVCache(1, 2, 64, 16, max_frames=4, page_size=16, dtype=torch.bfloat16, device=DEVICE)
+    cache = PagedKVCache(1, 2, 64, 16, max_frames=4, page_size=16, dtype=torch.bfloat16, device=DEVICE, **options)
     block = [torch.randn(1, 16, 2, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
     cache.write(0, *block[1:])
     cache.commit(1)

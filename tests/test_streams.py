@@ -255,6 +255,11 @@ def test_gradients_are_of_the_cache_that_wrote():
         with pytest.raises(error, match=message):
             first.write(0, k, v, grad_to=grad_to)
         assert pool.stats().used == 1
+    first.write(0, k, v)
+    with pytest.raises(ValueError, match="block is 1, but must be 0 with grad_through_cache"):
+        first.attend(0, *draw(), block=1)
+    with torch.no_grad():
+        first.attend(0, *draw(), block=1)
 
 
 def test_a_stream_goes_into_a_pool_with_its_offset_alone(tmp_path):
